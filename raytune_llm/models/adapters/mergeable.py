@@ -1,8 +1,8 @@
-"""An adapter merged into its base's weights, one layer at a time: no more of the base is in memory than that layer.
+"""Merging an adapter into its base's weights layer by layer, so that only one layer of the base is in memory.
 
-PEFT merges: the layer alone is put into an otherwise empty model under its own name, so that what the adapter's config says of it
-(targets, ranks by pattern, DoRA, OFT) holds for it as in the whole model. VeRA's random matrices, which all its layers share, are
-those of all of them. What is on a mixture's experts is merged beside (merged_experts.py).
+PEFT merges. For this, the layer is the only one of a model, under its own name, so that the adapter's config (targets,
+rank_pattern, DoRA, OFT) applies to it as in the whole model. VeRA's random matrices, which all layers share, are made for the
+sizes of all layers. Adapters on a mixture's experts are merged by merged_experts.py.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ PREFIX = "base_model.model."
 BASE = ".base_layer.weight"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 OF_ADAPTERS = (".lora_", ".oft_", ".boft_", ".hada_", ".lokr_", ".vera_", ".ia3_", ".ln_tuning_", ".hra_")
-"""What begins the part of a tensor's name that is the adapter's, after the name of its layer."""
+"""The prefixes of the adapter's part of a tensor name, which follows the layer's name."""
 SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
-"""Matrices that all layers of an adapter share: names in a file that has them -> PEFT's."""
+"""Matrices shared by all layers of an adapter: the name in the file -> PEFT's name."""
 
 
 class Mergeable:
-    """An adapter's folder, which the setting names."""
+    """The adapter in a folder. Errors name the setting that gave the folder."""
 
     def __init__(self, folder: str, setting: str) -> None:
-        """Raises ConfigError where it holds no adapter, or one that can't be merged."""
+        """Raises ConfigError if the folder has no adapter, or one that can't be merged."""
         self.folder, self.setting = folder, setting
         self._config: Any = read_config(folder, setting)
         if getattr(self._config, "fan_in_fan_out", False):
@@ -47,25 +47,25 @@ class Mergeable:
         if getattr(self._config, "lora_bias", None):
             raise ConfigError(setting, "must not have lora_bias, to be merged from files", got=folder)
         self._parameters: Sequence[str] = getattr(self._config, "target_parameters", None) or ()
-        """Of modules that are no layers: experts."""
+        """The parameters of experts with an adapter (PEFT's target_parameters)."""
         self._file = str(Path(folder) / WEIGHTS[0])
         if not Path(self._file).is_file():
             raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=folder, fix="Save it as safetensors.")
         self._keys: dict[str, list[str]] = defaultdict(list)
         self._shapes: dict[str, Sequence[int]] = {}
-        """[O, K] of its layers' weights in the base, once they are known (`fit`)."""
+        """Layer -> [O, K], the shape of its weight in the base. Set by `fit`."""
         self._expert_keys: dict[str, str] = {}
-        """Tensors of adapters on experts: their names in PEFT's model of the base -> in the file."""
+        """Tensors of adapters on experts: the name in PEFT's model of the base -> the name in the file."""
         self._experts: MergedExperts | None = None
-        """Once the base is known (`fit_experts`)."""
+        """Set by `fit_experts`."""
         self._shared: dict[str, str] = {}
         self._bases: dict[str, str] = {}
-        """Weights of base layers that PEFT saved beside the adapter: embeddings, which may have grown."""
+        """Weights of base layers that PEFT saved with the adapter: embeddings, which may have more rows than the base's."""
         self.wholes: dict[str, str] = {}
-        """Weights that it has whole, by their names in the model -> in the file."""
+        """Weights of modules_to_save: the name in the model -> the name in the file."""
         self.token_rows: dict[str, str] = {}
-        """Embeddings and heads with rows of the adapter's own (model.new_tokens): their names in the model -> the rows' in the
-        file."""
+        """Embeddings and heads with trained rows for new tokens (model.new_tokens): the name in the model -> the name of the rows
+        in the file."""
         try:
             with safe_open(self._file, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (no dict)
@@ -91,28 +91,28 @@ class Mergeable:
             self._keys[layer].append(key)
 
     def _is_of_experts(self, layer: str) -> bool:
-        """By PEFT's setting, which names whole parameters, or ends of their names."""
+        """Whether PEFT's target_parameters has a parameter of this module. Its entries are names or ends of names."""
         return any(f".{layer}".endswith(f".{name.rpartition('.')[0]}") for name in self._parameters)
 
     @property
     def has_experts(self) -> bool:
-        """It is on weights of a mixture's experts, which `fit_experts` has to find in the base."""
+        """Whether the adapter is on a mixture's experts, for which `fit_experts` must be called."""
         return bool(self._expert_keys)
 
     @property
     def layers(self) -> frozenset[str]:
-        """The layers that it changes, by their names in the model."""
+        """The names, in the model, of the layers that it changes."""
         return frozenset(self._keys)
 
     @property
     def changed_apart(self) -> frozenset[str]:
-        """The weights that it changes in their own layer alone, where a model has them in two (an embedding that is the head)."""
+        """The weights that it changes in one layer only, which matters if two layers share the weight (tied embeddings)."""
         wholes = () if getattr(self._config, "ensure_weight_tying", False) else self.wholes
         return frozenset((*wholes, *(f"{layer}.weight" for layer in self._keys)))
 
     @property
     def scores(self) -> bool:
-        """It is a reward model's."""
+        """Whether it is a reward model's adapter."""
         return self._config.task_type == "SEQ_CLS"
 
     @property
@@ -121,11 +121,11 @@ class Mergeable:
 
     @property
     def token_ids(self) -> list[int]:
-        """The tokens whose embeddings are its own, in the order of its rows."""
+        """The tokens whose embeddings belong to the adapter, in the order of its rows."""
         return token_ids_of(self.folder, self.setting)
 
     def with_tokens(self, name: str, weight_VD: Tensor) -> Tensor:
-        """float32 [V, D], V as many as its tokens need: the embeddings or the head with the adapter's own rows."""
+        """The embeddings or the head with the adapter's rows, float32 [V, D]. V grows if the adapter's tokens need more rows."""
         rows_ND = self._read([self.token_rows[name]])[self.token_rows[name]].float()
         ids_N = torch.tensor(self.token_ids)
         if rows_ND.shape != (len(ids_N), weight_VD.shape[1]):
@@ -138,8 +138,8 @@ class Mergeable:
         return self._read([self.wholes[name]])[self.wholes[name]]
 
     def fit(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """shapes: [O, K] of the base's weight for each of its layers. Raises ConfigError where LoRA's matrices, by the file's
-        header, are not of these."""
+        """Set the base's shapes. shapes: layer -> [O, K] of its weight. Raises ConfigError if LoRA's matrices don't fit them,
+        according to the file's header."""
         with safe_open(self._file, framework="pt") as file:
             for layer, keys in self._keys.items():
                 for part, axis, what in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
@@ -149,8 +149,8 @@ class Mergeable:
         self._shapes = {layer: shapes[layer] for layer in self._keys}
 
     def fit_experts(self, model: PreTrainedModel, stored: Mapping[str, Sequence[int]]) -> None:
-        """model: the base, on the meta device. stored: the shapes of its tensors in the files. Raises ConfigError where its
-        experts are others."""
+        """Find the experts in the base. model: the base, on the meta device. stored: the shapes of the tensors in its files.
+        Raises ConfigError if the experts don't fit the adapter."""
         try:
             with safe_open(self._file, framework="pt") as file:
                 own = {name: file.get_slice(key).get_shape() for name, key in self._expert_keys.items()}
@@ -163,8 +163,8 @@ class Mergeable:
         return self._read([key])[key]
 
     def changes(self, name: str) -> bool:
-        """Whether it changes this weight or bias of the base, beside what it has whole. What multiplies a layer's outputs
-        multiplies its bias too."""
+        """Whether it changes this weight or bias of the base, apart from modules_to_save. An adapter that multiplies a layer's
+        outputs also multiplies its bias."""
         if self._experts is not None and name in self._experts.names:
             return True
         layer, _, part = name.rpartition(".")
@@ -172,7 +172,7 @@ class Mergeable:
 
     @torch.no_grad()
     def merged(self, name: str, value: Tensor) -> Tensor:
-        """float32: the weight [O, K] or the bias [O] of a layer, or a weight of experts, with the adapter in it."""
+        """The merged weight [O, K] or bias [O] of a layer, or the merged weight of experts, in float32."""
         if self._experts is not None and name in self._experts.names:
             return self._experts.merged(name, value, self._read_of_experts)
         layer, _, part = name.rpartition(".")
@@ -196,7 +196,7 @@ class Mergeable:
 
     @cached_property
     def _shared_by_layers(self) -> Mapping[str, Tensor]:
-        """The matrices that all layers share, by PEFT's names: it draws them for the largest sizes of all layers."""
+        """The matrices that all layers share, by PEFT's names. PEFT draws them with the largest sizes among the layers."""
         if not isinstance(self._config, VeraConfig):
             return {}
         if self._shared:
@@ -207,13 +207,13 @@ class Mergeable:
         return {name: getattr(made, name)["default"] for name in SHARED.values()}
 
     def _around(self, one: nn.Module, layer: str) -> Any:
-        """PEFT's new adapter on the model of one layer."""
+        """PEFT's model with a new adapter around the model with one layer."""
         config = copy.deepcopy(self._config)
         config.task_type, config.modules_to_save, config.base_model_name_or_path = None, None, None
         config.trainable_token_indices = None
         if self._parameters:
             config.target_parameters = None
-        config.inference_mode, config.save_projection = False, False  # they are put in from outside
+        config.inference_mode, config.save_projection = False, False  # the projections are set by the caller
         try:
             adapted = get_peft_model(one, config, autocast_adapter_dtype=True)
         except (ValueError, RuntimeError, KeyError) as error:
@@ -225,7 +225,7 @@ class Mergeable:
         with safe_open(self._file, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in keys}
         if lost := [key for key, tensor in tensors.items() if tensor.is_floating_point() and not all_finite(tensor)]:
-            rule = f"must hold finite numbers: {lost[0]} has others (NaN or infinite)"
+            rule = f"must have finite weights: {lost[0]} has NaN or infinite ones"
             raise ConfigError(self.setting, rule, got=self.folder, fix="Take an earlier checkpoint, or train it again.")
         return tensors
 
@@ -243,8 +243,8 @@ def _last_line(error: Exception) -> str:
 
 
 def _alone(name: str, shape_OK: Sequence[int], own: Mapping[str, Tensor], *, is_embedding: bool) -> nn.Module:
-    """A model of this layer alone, under its name. own: its weight or its bias; a weight that is not given is 0, and takes no
-    memory."""
+    """A model that has only this layer, under its name. own: its weight or its bias. A weight that is not given is 0, expanded
+    from one element, so that it takes no memory."""
     rows, columns = shape_OK
     with torch.device("meta"):
         made = nn.Embedding(rows, columns) if is_embedding else nn.Linear(columns, rows, bias=False)

@@ -1,8 +1,8 @@
-"""What an adapter adds to a mixture's experts, by the tensors of the base's files.
+"""Merging an adapter on a mixture's experts into the tensors of the base's files.
 
-In the model the experts of a layer are one tensor, and PEFT's adapter is of it. Files mostly have a tensor for each expert, which
-transformers joins as it loads them: what the adapter adds is taken apart as transformers takes the experts apart to save them. No
-more of it is in memory than a layer's.
+In the model, the experts of a layer are one tensor, and PEFT's adapter is on it. Most files have one tensor per expert, which
+transformers joins on loading. The adapter's change is therefore split in the same way as transformers splits experts to save
+them. Only one layer's change is in memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 BASE_LAYER = ".base_layer"
 WEIGHTS_OF_A_LAYER = 2
-"""Of its experts, whose tensors lie mixed in files."""
+"""The number of expert weights (gate_up and down) whose changes are cached, since files mix their tensors."""
 
 
 def layer_of(wrapper: str) -> str:
-    """The experts' module. PEFT lays the adapter of one of its weights around that of another."""
+    """The name of the experts' module. PEFT nests the adapters of a module's several parameters, one around another."""
     return wrapper.replace(BASE_LAYER, "")
 
 
@@ -32,8 +32,8 @@ class MergedExperts:
     def __init__(
         self, model: PreTrainedModel, config: Any, own: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]
     ) -> None:
-        """model: the base, on the meta device. config: PEFT's, of the adapter. own: the shapes of the adapter's tensors, by
-        their names in PEFT's model. stored: those of the base's tensors in its files. Raises LookupError for other experts."""
+        """model: the base, on the meta device. config: PEFT's config of the adapter. own: the shapes of the adapter's tensors, by
+        name in PEFT's model. stored: the shapes of the tensors in the base's files. Raises LookupError if they don't fit."""
         config = copy.deepcopy(config)
         config.task_type, config.modules_to_save, config.trainable_token_indices = None, None, None
         config.base_model_name_or_path = None
@@ -41,10 +41,10 @@ class MergedExperts:
         with torch.device("meta"):
             adapted: Any = get_peft_model(copy.deepcopy(model), config, "default")
         self._wrappers: dict[str, str] = {}
-        """The tensor in the model -> PEFT's name of the adapter on it."""
+        """The tensor's name in the model -> PEFT's name of the adapter on it."""
         self._layers: dict[str, Any] = {}
         self._fused: dict[str, str] = {}
-        """The tensor in the files -> that in the model."""
+        """The tensor's name in the files -> its name in the model."""
         for name, module in adapted.base_model.model.named_modules():
             if isinstance(module, ParamWrapper):
                 fused = f"{layer_of(name)}.{module.parameter_name}"
@@ -66,16 +66,16 @@ class MergedExperts:
                         raise LookupError(f"{piece} is {list(stored[piece])} in the base and {list(part.shape)} in its model")
                     self._fused[piece] = fused
         self._added: dict[str, dict[str, Tensor]] = {}
-        """What was asked for last."""
+        """The changes of the tensors that were requested last."""
         self._stored = stored
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors in files that it changes."""
+        """The names of the tensors in the files that the adapter changes."""
         return frozenset(self._fused)
 
     def merged(self, name: str, value: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """float32: the tensor of the files with the adapter in it. read: a tensor of the adapter, by its name in PEFT's model."""
+        """The merged tensor of the files, in float32. read: returns a tensor of the adapter by its name in PEFT's model."""
         fused = self._fused[name]
         if fused not in self._added:
             while len(self._added) >= WEIGHTS_OF_A_LAYER:
@@ -92,5 +92,5 @@ class MergedExperts:
         return self._pieces(fused, (left @ right).mul_(scale), self._stored)
 
     def _pieces(self, fused: str, value_ENK: Tensor, stored: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """As the files have it."""
+        """Name -> tensor as in the files, split from the model's tensor."""
         return {fused: value_ENK} if fused in stored else revert_weight_conversion(self._model, {fused: value_ENK})

@@ -1,4 +1,4 @@
-"""An adapter method: PEFT's config for it, and what its settings need of a model."""
+"""The interface of adapter methods, and the choice of the layers that get an adapter."""
 
 from __future__ import annotations
 
@@ -29,59 +29,59 @@ LINEAR = nn.Linear | Conv1D | QuantizedLinear
 Layers = Mapping[str, nn.Module]
 """The layers that get an adapter, by their names in the model."""
 Tensors = Mapping[str, Tensor]
-"""What an adapter's file holds, by names in the file."""
+"""The tensors of an adapter's file, by name."""
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Activations that the layers of a method save for the backward pass, if they differ from grouped LoRA's."""
+    """The activations that the method's layers save for the backward pass. The defaults are those of grouped LoRA
+    (grouped.py)."""
 
     alone: bool = False
-    """Each layer is computed alone, by PEFT, and recomputes nothing."""
+    """Whether PEFT computes each layer by itself, without recomputation."""
     inputs: bool = True
-    """Each layer's input is saved."""
+    """Whether each layer's input is saved."""
     outputs: float = 0
-    """Saved values for each value of all linear layers' outputs."""
+    """The number of saved elements per element of all linear layers' outputs."""
     converts: bool = False
-    """Each saves its own converted input."""
+    """Whether each layer saves its own converted copy of the input."""
     drops_inputs: bool = True
-    """adapter.dropout is of the input."""
+    """Whether adapter.dropout applies to the input."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A kind of adapter."""
+    """One adapter method, such as LoRA."""
 
     config: Callable[..., PeftConfig]
-    """Makes PEFT's config of those settings of its section that are not in Layered."""
+    """(**settings of its section that are not in Layered) -> PEFT's config."""
     describes: Callable[[PeftConfig], bool]
-    """Whether the config of a saved adapter is of this kind."""
+    """(config of a saved adapter) -> whether it is of this method."""
     check: Callable[..., None]
     """(layers, **settings): raises ConfigError if the settings don't fit one of the layers."""
     continues: Callable[[PeftConfig, Layered], None] = lambda saved, section: None
-    """(config of a saved adapter of this kind, the section): raises ConfigError if the section says otherwise."""
+    """(config of a saved adapter of this method, section): raises ConfigError if the section contradicts the config."""
     begin: Callable[[nn.Module, str, Quantization | None], None] = lambda model, key, quantization: None
-    """For new adapters: called with the model, PEFT's name of the adapter once it is in the layers, and what will be made of the
-    layers' weights."""
+    """(model, PEFT's name of the adapter, quantization to come): initializes a new adapter once it is in the layers."""
     placed: Callable[[nn.Module, str], None] = lambda model, key: None
-    """For new and saved adapters: called with the model and PEFT's name of the adapter once PEFT's layers are there, to put
-    faster ones in their place."""
+    """(model, PEFT's name of the adapter): replaces PEFT's layers by faster ones, for new and saved adapters."""
     quantized: Callable[..., None] = lambda model, key, *, new: None
-    """(model, PEFT's name of the adapter, new=whether it is a new one): called once the layers under it are quantized, if any
-    are."""
+    """(model, PEFT's name of the adapter, new=whether it is new): called after the layers under it were quantized, if any
+    were."""
     observer: Callable[[nn.Module, str], Observer] | None = None
-    """For new adapters that begin from the inputs of their layers: (the model, PEFT's name of the adapter) -> what sees them."""
+    """(model, PEFT's name of the adapter) -> an observer of layers' inputs, for methods that initialize new adapters from
+    these."""
     saved: Callable[[PeftConfig, Tensors, Tensors], tuple[PeftConfig, Tensors]] | None = None
-    """(config, tensors, as they began) -> what is saved in their place. None: they are saved as they are."""
+    """(config, tensors, initial tensors) -> the config and tensors to save instead. None: saved unchanged."""
     lr_factor: Callable[[str, Layered], float] = lambda name, section: 1.0
-    """(a parameter's name, the section) -> its learning rate over that of the schedule."""
+    """(parameter name, section) -> the factor of its learning rate."""
     kept: Kept = Kept()
 
 
 def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tuple[PeftConfig, Layers]:
-    """PEFT's config of a new adapter, and the layers that it is for. Raises ConfigError for settings that don't fit the model."""
+    """PEFT's config of a new adapter, and the layers that get it. Raises ConfigError for settings that don't fit the model."""
     of_all = {name: getattr(section, name) for name in PLACEMENT}
     settings = {name: value for name, value in settings_of(section).items() if name not in of_all}
     experts = expert_weights(model, section, settings["rank"]) if settings.pop("experts", False) else []
@@ -91,11 +91,11 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     if is_mixture:
         layers = _without_experts_names(model, layers, section)
     if section.changes_base and (named := sorted(tied_ends(model) & layers.keys())):
-        rule = f"can't name {named[0]}, which is the embedding's weight too: this adapter takes a part out of its layers' weights"
+        rule = f"can't name {named[0]}, which is tied to the embedding: this adapter changes the weights of its layers"
         raise ConfigError("adapter.targets", rule, got=section.targets, fix="Leave it out, or set adapter=lora.")
     whole = whole_modules(model, section.modules_to_save)
     method.check(layers, **settings)
-    if is_mixture:  # of all-linear and of expressions PEFT makes last parts of names, and puts adapters on experts and routers
+    if is_mixture:  # PEFT turns all-linear and expressions into last parts of names, which match experts and routers too
         config.target_modules = set(layers)
     elif _takes_as_given(model, section, layers):
         config.target_modules = targets if isinstance(targets, str) else set(targets)
@@ -109,12 +109,12 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
 
 
 PLACEMENT = ("targets", "last_layers", "layers", "modules_to_save", "path")
-"""The settings of every section on layers."""
+"""The settings that choose layers, in every section of such methods."""
 
 
 def targeted(model: PreTrainedModel, section: Layered) -> Layers:
-    """The layers that adapter.targets names, of those that adapter.last_layers or adapter.layers do. Raises ConfigError for a
-    name that no layer has."""
+    """The linear layers that adapter.targets names, within the layers of adapter.last_layers or adapter.layers. Raises
+    ConfigError for a name that no layer has."""
     targets = section.targets
     passed_over = _passed_over(model)
     linear = {
@@ -138,14 +138,14 @@ def targeted(model: PreTrainedModel, section: Layered) -> Layers:
             fix = f"Names are a list, adapter.targets=[{targets}]. {fix}"
         raise ConfigError("adapter.targets", rule, got=unknown or targets, fix=fix)
     if never := sorted(passed_over & found.keys()):
-        rule = "must leave out layers that are not called: their model reads their weights, or takes more from them than products"
+        rule = "can't name layers whose weights the model reads directly, past an adapter"
         raise ConfigError("adapter.targets", rule, got=never[0], fix="Leave them out, or set adapter.targets=all-linear.")
     return _of_layers(model, section, found)
 
 
 def _takes_as_given(model: PreTrainedModel, section: Layered, layers: Layers) -> bool:
-    """Whether PEFT puts adapters on the same layers where it gets adapter.targets as it is. It matches expressions with every
-    module, also with those that are no layers, and last parts of names with the towers of a whole multimodal model."""
+    """Whether PEFT would choose the same layers from adapter.targets unchanged. It matches expressions with all modules, not only
+    with layers, and last parts of names also with the towers of a multimodal model."""
     targets = section.targets
     if is_multimodal(model.config):
         return False
@@ -156,8 +156,8 @@ def _takes_as_given(model: PreTrainedModel, section: Layered, layers: Layers) ->
 
 
 def expert_weights(model: PreTrainedModel, section: Layered, rank: int) -> list[str]:
-    """The names of the weights [E, N, K] of a mixture's experts. Raises ConfigError for a model without any, and a rank above
-    theirs."""
+    """The names of the experts' weights [E, N, K] of a mixture. Raises ConfigError if there are none, or if the rank is above
+    min(N, K)."""
     found = _of_layers(model, section, _expert_weights(model))
     if not found:
         rule = f"must be false for {model.config.model_type}, which has no experts in one tensor"
@@ -179,8 +179,8 @@ def _expert_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _without_experts_names(model: PreTrainedModel, layers: Layers, section: Layered) -> Layers:
-    """Without linear layers that are called as experts were before their weights were one tensor, or as the stored weights of
-    others: PEFT takes them for these, and so they have no adapter. Raises ConfigError where one of them is named."""
+    """`layers` without linear layers whose names experts have in files or had before their weights became one tensor. PEFT would
+    take them for experts, so they can't have adapters. Raises ConfigError if adapter.targets names one."""
     last = {name: name.rpartition(".")[2] for name in layers}
     stored = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     renamed = {name for name in layers if rename_source_key(f"{name}.weight", stored, [])[0] != f"{name}.weight"}
@@ -198,24 +198,24 @@ def _is_experts_name(model: PreTrainedModel, part: str) -> bool:
     probe = LoraConfig(target_modules=[part])
     try:
         convert_peft_config_for_transformers(probe, model, None)
-    except ValueError:  # one of two that became one
+    except ValueError:  # one of two weights that were fused into one
         return True
     return part not in (probe.target_modules or ())
 
 
 def _of_layers(model: PreTrainedModel, section: Layered, found: dict[str, T]) -> dict[str, T]:
-    """Those of the modules `found`, by name, that are in the layers that adapter.last_layers or adapter.layers names."""
+    """The modules of `found` (name -> module) within the layers of adapter.last_layers or adapter.layers."""
     last, names = section.last_layers, [name for name, _ in named_layers(model)]
     numbers = section.layers if last is None else range(max(len(names) - last, 0), len(names))
     if numbers is None:
         return found
     chosen = tuple(f"{names[number]}." for number in layer_numbers(numbers, len(names)))
-    of_layers = tuple(f"{name}." for name in names)  # what lies outside of them, as embeddings do, was asked for by name
+    of_layers = tuple(f"{name}." for name in names)  # modules outside of layers (embeddings) were named explicitly
     return {name: module for name, module in found.items() if name.startswith(chosen) or not name.startswith(of_layers)}
 
 
 def _passed_over(model: PreTrainedModel) -> set[str]:
-    """Names of linear layers that can't have an adapter."""
+    """The names of linear layers that can't have an adapter."""
     modules = dict(_of_base(model))
     places = ((name, *name.rpartition(".")[::2]) for name, module in modules.items() if isinstance(module, LINEAR))
     return {name for name, parent, last in places if is_passed_over(modules[parent], last, modules[name])}
@@ -227,13 +227,14 @@ def _pattern(targets: str | list[str]) -> Callable[[str], bool]:
     try:
         pattern = re.compile(targets)
     except re.error as error:
-        fix = f"It is none: {error}. Names of layers are a list, [{targets}]."
+        fix = f"As a regular expression it is invalid: {error}. For names of layers, give a list: [{targets}]."
         raise ConfigError("adapter.targets", "must be a list, all-linear or a regular expression", got=targets, fix=fix) from None
     return lambda name: pattern.fullmatch(name) is not None
 
 
 def layer_numbers(numbers: Sequence[int], num_layers: int) -> list[int]:
-    """The numbers of layers from 0, in order. Raises ConfigError for one that the model has not."""
+    """The layer numbers from 0, in ascending order, with negative ones resolved. Raises ConfigError for a layer that does not
+    exist."""
     unknown = [number for number in numbers if not -num_layers <= number < num_layers]
     if unknown or not numbers:
         rule = f"must be numbers of the model's {num_layers} layers, from 0 to {num_layers - 1} or from -{num_layers} to -1"
@@ -242,7 +243,7 @@ def layer_numbers(numbers: Sequence[int], num_layers: int) -> list[int]:
 
 
 def whole_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
-    """The whole names of the modules with these last parts: of parts, PEFT would take any end of a name (norm for layernorm)."""
+    """The full names of the modules with these last parts. PEFT would match any ending (norm also matches layernorm)."""
     modules = {name: module for name, module in _of_base(model) if any(True for _ in module.parameters())}
     last = {name.rpartition(".")[2] for name in modules}
     if unknown := [name for name in names if name not in last]:
@@ -257,7 +258,7 @@ def whole_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
 
 
 def tied_ends(model: PreTrainedModel) -> set[str]:
-    """The names of the embedding and the head where they are one weight; else none."""
+    """The names of the embedding and the head if they are tied; else none."""
     if not ties_ends(model.config):
         return set()
     ends = {base_of(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
@@ -265,17 +266,17 @@ def tied_ends(model: PreTrainedModel) -> set[str]:
 
 
 def ties_ends(config: PretrainedConfig) -> bool:
-    """Whether the head's weight is the embedding's. Some models say it of the whole model alone, others of its text."""
+    """Whether the head is tied to the embedding. Some multimodal configs say it at the top, others in their text config."""
     return any(getattr(one, "tie_word_embeddings", False) for one in (config, config.get_text_config()))
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The layer under an adapter; a layer without one itself."""
+    """The layer under an adapter; the layer itself if it has none."""
     return module.get_submodule("base_layer") if isinstance(module, BaseTunerLayer | BankedLinear) else module
 
 
 def _of_base(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model by their names there, whatever adapters lie around them."""
+    """The modules of the base model with their names there, without the wrappers of adapters."""
     yield name, base_of(module)
     if base_of(module) is not module:
         return
@@ -284,14 +285,14 @@ def _of_base(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def only_linear(layers: Layers, kind: str) -> None:
-    """Raises ConfigError for an embedding."""
+    """Raises ConfigError if a layer is an embedding."""
     if embeddings := sorted(name for name, layer in layers.items() if isinstance(layer, nn.Embedding)):
         fix = "Set adapter=lora, or leave it out."
         raise ConfigError("adapter.targets", f"must name linear layers with adapter={kind}", got=embeddings, fix=fix)
 
 
 def sides(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs."""
+    """(inputs, outputs) of the layer."""
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
     if isinstance(layer, nn.Linear | QuantizedLinear):

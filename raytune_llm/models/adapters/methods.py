@@ -1,4 +1,4 @@
-"""Adapter methods: name -> method, and how one is computed."""
+"""The list of adapter methods, and how the options of a section change one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(section: Layered) -> Method:
-    """Of an adapter by its settings."""
+    """The method of an adapter's section."""
     return _computed(METHODS[section.name], lengths=getattr(section, "dora", False))
 
 
 def saved_method(config: PeftConfig) -> tuple[str, Method] | None:
-    """The name and the method of a saved adapter; None for a kind of PEFT's that is not here."""
+    """The name and the method of a saved adapter; None for one of PEFT's methods that is not supported."""
     found = next(((name, method) for name, method in METHODS.items() if method.describes(config)), None)
     if found is None:
         return None

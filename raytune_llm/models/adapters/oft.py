@@ -1,6 +1,6 @@
-"""Orthogonal turns of a layer's inputs, block by block (Qiu et al. 2023, arXiv 2306.07280; 2025, arXiv 2506.19847).
+"""OFT: block-diagonal rotations of a layer's inputs (Qiu et al. 2023, arXiv 2306.07280; 2025, arXiv 2506.19847).
 
-The inverse in the Cayley transform is the first terms of its Neumann series, as in the second paper and by PEFT's default.
+The inverse in the Cayley transform is approximated by a Neumann series, as in the second paper and PEFT's default.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from raytune_llm.models.adapters.method import Kept, Layers, Method, only_linear
 
 
 def oft(*, block_size: int | None, blocks: int | None, dropout: float) -> OFTConfig:
-    """dropout: the part of the blocks that are not turned in a pass."""
+    """dropout: the fraction of blocks that are not rotated in a pass."""
     return OFTConfig(r=blocks or 0, oft_block_size=block_size or 0, module_dropout=dropout)
 
 
@@ -21,7 +21,7 @@ def describes(saved: PeftConfig) -> bool:
 
 
 def blocks_fit(layers: Layers, *, block_size: int | None, blocks: int | None, **settings: float) -> None:
-    """A block of one input would have nothing to turn."""
+    """Raises ConfigError unless the blocks divide each layer's inputs. Blocks must have at least two inputs to rotate."""
     only_linear(layers, "oft")
     setting, part = ("blocks", blocks) if block_size is None else ("block_size", block_size)
     assert part is not None, "one of the two is given"
@@ -33,5 +33,5 @@ def blocks_fit(layers: Layers, *, block_size: int | None, blocks: int | None, **
 
 
 KEPT = Kept(alone=True, converts=True, drops_inputs=False)
-"""PEFT turns inputs in float32, and products take them back."""
+"""PEFT rotates inputs in float32; they are cast back for the products."""
 OFT = Method(config=oft, describes=describes, check=blocks_fit, kept=KEPT)

@@ -1,4 +1,4 @@
-"""LoRA's A and B of each layer, from an adapter's folder and into one, for files of other programs."""
+"""LoRA's A and B of each layer: reading them from an adapter's folder and writing one, for exports to other programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Pair:
     a_RK: Tensor
     b_OR: Tensor
     scale: float
-    """Of B A in the layer."""
+    """The factor of B A in the layer."""
 
     @property
     def rank(self) -> int:
@@ -29,8 +29,8 @@ class Pair:
 
 
 def read(folder: str, setting: str, *, fix: str) -> dict[str, Pair]:
-    """By the layers' names in the model, in float32. Raises ConfigError, which blames the setting, for an adapter that is more
-    than LoRA of linear layers."""
+    """Layer name in the model -> its float32 matrices. Raises ConfigError, which names the setting, for an adapter that is more
+    than LoRA on linear layers."""
     config = read_config(folder, setting)
     if (more := more_than_lora(config)) is not None:
         raise ConfigError(setting, f"must be plain LoRA to be written alone, and is {more}", got=folder, fix=fix)
@@ -40,7 +40,7 @@ def read(folder: str, setting: str, *, fix: str) -> dict[str, Pair]:
     for layer in sorted({name.partition(".lora_")[0].removeprefix(PREFIX) for name in tensors}):
         a_RK, b_OR = tensors.get(PREFIX + layer + A), tensors.get(PREFIX + layer + B)
         if a_RK is None or b_OR is None:
-            rule = f"must be on linear layers to be written alone, and {layer} is none"
+            rule = f"must be on linear layers to be written alone, and {layer} is not one"
             raise ConfigError(setting, rule, got=folder, fix=fix)
         try:
             pairs[layer] = Pair(a_RK.float(), b_OR.float(), scale_of(config, layer, len(a_RK)))
@@ -50,7 +50,7 @@ def read(folder: str, setting: str, *, fix: str) -> dict[str, Pair]:
 
 
 def write(folder: Path, pairs: Mapping[str, Pair]) -> None:
-    """As PEFT saves LoRA, with the scales in B."""
+    """Write a folder as PEFT does for LoRA, with the scales folded into B."""
     ranks = {layer: pair.rank for layer, pair in pairs.items()}
     config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks, task_type="CAUSAL_LM")
     write_tensors(folder, config, {layer: (pair.a_RK, pair.b_OR * pair.scale) for layer, pair in pairs.items()}, base_model=None)

@@ -1,6 +1,6 @@
-"""Loads PEFT without two packages for its quantized layers. This project has its own, which load what they need.
+"""Imports PEFT without two packages for its own quantized layers, which are slow to import and which this project does not use.
 
-PEFT would load them once more with the first layer of an adapter; it remembers that they are not there.
+PEFT would otherwise import them with the first layer of an adapter. It caches that they are not installed.
 """
 
 from raytune_llm.models.hidden import hidden
@@ -14,6 +14,6 @@ with hidden("bitsandbytes", "hqq"):
 
 
 def find_bitsandbytes() -> None:
-    """From now on, PEFT sees it where it is installed."""
+    """Let PEFT find bitsandbytes from now on, if it is installed."""
     is_bnb_available.cache_clear()
     is_bnb_4bit_available.cache_clear()

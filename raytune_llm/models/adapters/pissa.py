@@ -1,7 +1,7 @@
-"""LoRA that begins as the largest singular values of a weight (Meng et al. 2024, arXiv 2404.02948).
+"""PiSSA: LoRA is initialized as the principal components of a weight (Meng et al. 2024, arXiv 2404.02948).
 
-W = U S V^T: B A begins as the first r of them, split evenly, over the scale; the frozen weight is what is left. At the end it is
-saved as LoRA of rank 2 r on the original weight, [B, -B0] [A; A0], as PEFT converts it: plain LoRA, for PEFT and servers.
+W = U S V^T. B A begins as the r largest singular values with their vectors, split evenly and divided by the scale, and the frozen
+weight is the remainder. It is saved as plain LoRA of rank 2 r on the original weight, [B, -B0] [A; A0], as PEFT converts it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from raytune_llm.models.adapters.method import Layers, Method, Tensors, only_lin
 
 def config(*, svd_iterations: int | None, **settings: Any) -> LoraConfig:
     made = lora(**settings)
-    # PEFT's own word for it. It would split the weight itself as it loads the adapter, so that none is left of it in the file.
+    # PEFT's name for it. `saved` resets it, since PEFT would otherwise split the weight again on loading.
     made.init_lora_weights = "pissa" if svd_iterations is None else f"pissa_niter_{svd_iterations}"  # type: ignore[assignment]
     return made
 
 
 def describes(saved: PeftConfig) -> bool:
-    """No saved one is: it is saved as LoRA."""
+    """False: PiSSA is saved as LoRA."""
     return False
 
 
@@ -37,7 +37,7 @@ def check(layers: Layers, *, svd_iterations: int | None, **settings: Any) -> Non
 
 
 def saved(config: PeftConfig, tensors: Tensors, begun: Tensors) -> tuple[PeftConfig, Tensors]:
-    """Twice the rank, and alpha that keeps the scale, which is over the rank or its root."""
+    """The equivalent LoRA: twice the rank, and an alpha that keeps the scale (alpha / rank, or alpha / sqrt(rank))."""
     assert isinstance(config, LoraConfig)
     config = copy.copy(config)
     config.init_lora_weights = True

@@ -1,4 +1,4 @@
-"""The protocol of adapters for the rest of the package. PEFT's classes and the methods stay in this folder."""
+"""The interface of adapters for the rest of the package. PEFT's classes and the methods stay in this folder."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from transformers import PreTrainedModel
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 
 OWN = "default"
-"""The name of the adapter that a policy was built with."""
+"""The name of the policy's own adapter, with which it was built."""
 
 
 class Observer(Protocol):
-    """Sees the inputs of layers, from which a new adapter begins."""
+    """Observes the inputs of layers, from which a new adapter is initialized (EVA)."""
 
     def watching(self, tokens_N: Tensor, num_tokens: int) -> AbstractContextManager[None]:
-        """A context of one forward pass of the base over num_tokens tokens, of which these (int64, flat positions) count."""
+        """A context for one forward pass of the base over num_tokens tokens. tokens_N: int64, the flat positions of the tokens to
+        observe."""
         ...
 
     def values(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Parameters of the adapter, and the whole tensors that they begin as. Parameters may be sharded, tensors are not."""
+        """(parameter of the adapter, its initial value). Parameters may be sharded; the values are full tensors."""
         ...
 
 
 class Adapters(Protocol):
-    """The adapters in the layers of one model, by name. One of them is in use, or none."""
+    """The adapters in the layers of one model, by name. At most one of them is active."""
 
     @property
     def base(self) -> PreTrainedModel:
-        """The transformers model, with what adapters have put into its layers."""
+        """The transformers model, including the adapters' modules in its layers."""
         ...
 
     @property
     def model(self) -> Any:
-        """What a forward pass calls: the base, or PEFT's model around it."""
+        """The module to call for a forward pass: the base, or PEFT's model around it."""
         ...
 
     @property
@@ -50,13 +51,13 @@ class Adapters(Protocol):
         ...
 
     def described(self, device_type: str) -> str | None:
-        """How they are computed on this device, in words; None without any."""
+        """A description, for the log, of how adapters are computed on this device; None without adapters."""
         ...
 
     def add(self, name: str, source: AdapterConfig | SavedAdapter) -> None:
-        """Add a new adapter by its settings, or a saved one. It is frozen, and the adapter in use does not change.
+        """Add a new adapter by its settings, or a saved one. It is frozen, and the active adapter does not change.
 
-        Raises ConfigError for a folder that holds no adapter of this model, and for settings that don't fit the model.
+        Raises ConfigError for a folder without an adapter of this model, and for settings that don't fit the model.
         """
         ...
 
@@ -65,14 +66,14 @@ class Adapters(Protocol):
     def save(
         self, name: str, folder: Path, *, base_model: str | None = None, parameters: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write the files that PEFT loads elsewhere. base_model: the path or hub id of the model that it is for.
+        """Write the adapter's files, which PEFT can load. base_model: the path or hub id of its base, for the config.
 
-        parameters: whole tensors to save in place of the adapter's own, by the names that they have in the policy's model.
+        parameters: full tensors to save instead of the adapter's own, by their names in the policy's model.
         """
         ...
 
     def quantized(self) -> None:
-        """To be called once, after the model's layers have been quantized: an adapter may read their weights."""
+        """To be called once, after the model's layers were quantized, since adapters such as DoRA read their weights."""
         ...
 
     def trained(self, name: str) -> dict[str, nn.Parameter]:
@@ -80,18 +81,18 @@ class Adapters(Protocol):
         ...
 
     def lr_factor(self, name: str) -> float:
-        """The learning rate of the policy's own parameter of this name, over that of the schedule."""
+        """The factor of the learning rate for the policy's own parameter of this name."""
         ...
 
     def observer(self) -> Observer | None:
-        """A new one of the policy's own adapter, if that begins from its layers' inputs."""
+        """A new observer, if the policy's own adapter is initialized from its layers' inputs; else None."""
         ...
 
     def using(self, name: str | None) -> AbstractContextManager[Any]:
-        """A context with this adapter in use, or with None the base only. requires_grad does not change. A backward pass with
-        activation checkpointing must run inside."""
+        """A context in which this adapter is active; None: no adapter. requires_grad does not change. With activation
+        checkpointing, the backward pass must run inside it too."""
         ...
 
     def by_documents(self, slot_M: Tensor, cu_seqlens_S: Tensor, num_tokens: int) -> Mapping[str, Any]:
-        """The arguments of the layers for documents with several adapters. slot_M: adapter numbers, -1 for none."""
+        """The layers' arguments for documents with several adapters. slot_M: the slot of each document's adapter, -1 for none."""
         ...

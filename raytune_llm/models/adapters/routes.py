@@ -1,26 +1,26 @@
-"""Which adapter each token of a forward pass goes to, and the low-rank products that follow from it.
+"""Routes: which adapter each token of a forward pass uses, and the low-rank products for it.
 
-Several adapters lie in a bank: a [G, R, K] and b [G, R, O] of every layer, one slot an adapter, ranks padded with zeros. Each
-form adds to y = x @ weight.T, token by token, (x @ a[slot].T) @ b[slot]; a token of no adapter (slot -1) keeps y to the bit.
+A bank has a [G, R, K] and b [G, R, O] for every layer, with one slot per adapter and ranks padded with zeros. Each route adds
+(x @ a[slot].T) @ b[slot] to y = x @ weight.T for each token. A token without an adapter (slot -1) keeps y bit for bit.
 
-Ranges: documents lie one after another, so an adapter's tokens are ranges, whose bounds the host knows. A product a range costs
-what the tokens cost and no more; rows of other adapters have no part in it. For CPUs, where starting a product costs little.
+Ranges: the tokens of a document are contiguous, and the host knows the bounds. There is one product per range, without wasted
+arithmetic. For CPUs, where launching a product is cheap.
 
-Sorted: tokens are brought into the order of their slots, and one grouped product takes them all. The host needs no number of it,
-shapes depend on the number of tokens alone, and gradients of one adapter take nothing from another's tokens, be they infinite.
-For training and long prompts on GPUs, where a product a range would wait for launches, and bounds would be compiled in.
+Sorted: tokens are sorted by slot, and one grouped product computes all of them. No value is needed on the host, and shapes depend
+only on the number of tokens. An adapter's gradients use only its own tokens, so that infinite values of others don't reach it.
+For training and long prompts on GPUs, where Ranges would be bound by launches, and its bounds would be compiled in.
 
-Masked: one product with the adapters, end to end, of which each token keeps its own columns. G times the arithmetic, and few
-large kernels of fixed shapes, which a CUDA graph can hold: for decoding, whose time goes by the weights that are read. There is
-no safety from other adapters' infinite weights, so for trained banks it is not.
+Masked: one product with the concatenated adapters, of which each token keeps its own columns. It takes G times the arithmetic,
+but in few large kernels with fixed shapes, which a CUDA graph can capture. For decoding, which is bound by reading weights.
+Infinite weights of other adapters would reach a token, so trained banks don't use it.
 
-InTurn: the first tokens by one route, those after them by another: rows that decode would be many ranges of one token each, and
-prompts beside them are a few long ones.
+InTurn: one route for the first tokens and another one for the rest. Decoding rows would be many ranges of one token, while the
+prompts after them are a few long ranges.
 
-BySlot: each row reads the columns of its own adapter, in kernels of ours, for decoding rows on a GPU: few rows one at a time
-(slot_kernels.py), more of them by tiles of rows in the order of their slots (slot_tile_kernels.py).
+BySlot: each row reads only its own adapter, in Triton kernels, for decoding on a GPU. Few rows are computed one by one
+(slot_kernels.py), more rows in tiles sorted by slot (slot_tile_kernels.py).
 
-Dropped is around another one, in training: each part of the tokens goes to its adapter through a dropout of its own.
+Dropped: wraps another route in training, and applies a separate dropout to each adapter's tokens.
 
 Suffixes: T tokens of all rows, K inputs, O outputs, R rank, G slots, L layers that share an input.
 """
@@ -37,16 +37,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROW_BY_ROW = 48
-"""Up to so many rows, each reads its adapter's columns by itself. With 16 adapters of rank 8 at the sizes of an 8B model, an H200
-was faster so at 32 rows, and in tiles at 128."""
+"""Up to this many rows, slot_kernels computes them one by one; above it, slot_tile_kernels does. With 16 adapters of rank 8 and
+an 8B model's shapes on an H200, the former was faster at 32 rows and the latter at 128."""
 
 
 class Route(Protocol):
-    """The route of the tokens of one forward pass."""
+    """The adapters of the tokens of one forward pass, and how their products are computed."""
 
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs [T, O] of layers that share the input x, with what the adapters add; outs may be changed. a, b: the bank of
-        each layer, of G + 1 slots, the last of zeros."""
+        """The outputs [T, O] of layers that share the input x, plus the adapters' part. `outs` may be changed in place. a, b: the
+        bank of each layer, with G + 1 slots, of which the last is zero."""
         ...
 
 
@@ -55,11 +55,11 @@ class Ranges:
     slots: tuple[int, ...]
     """The slot of each range; -1 for none."""
     lengths: tuple[int, ...]
-    """The tokens of each range; together all there are."""
+    """The number of tokens of each range; their sum is T."""
 
     @classmethod
     def of(cls, slots: Sequence[int], lengths: Sequence[int]) -> Ranges:
-        """The ranges of documents: neighbours of one slot are one range."""
+        """The ranges of documents; neighbours with the same slot are merged."""
         runs = [
             (slot, sum(length for _, length in run)) for slot, run in groupby(zip(slots, lengths, strict=True), lambda x: x[0])
         ]
@@ -85,7 +85,7 @@ class InTurn:
     first: Route
     rest: Route
     length: int
-    """The tokens of the first route."""
+    """The number of tokens of the first route."""
 
     def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
         routes = (self.first, slice(None, self.length)), (self.rest, slice(self.length, None))
@@ -95,7 +95,7 @@ class InTurn:
 
 @dataclass(frozen=True)
 class One:
-    """Every token goes to one slot."""
+    """All tokens use one slot."""
 
     slot: int
 
@@ -106,22 +106,22 @@ class One:
 @dataclass(frozen=True, eq=False)
 class Sorted:
     ends_G1: Tensor
-    """int32: where the tokens of each slot end, in their order, those of none last."""
+    """int32: the end of each slot's tokens in sorted order; tokens without an adapter come last."""
     order_T: Tensor | None
-    """int64: the tokens by slot; None where they lie so already."""
+    """int64: token indices sorted by slot; None if they are already sorted."""
     places_T: Tensor | None
-    """int64: where each token is in that order."""
+    """int64: each token's position in sorted order."""
 
     @classmethod
     def in_turn(cls, slots: Sequence[int], length: int, num_slots: int, device: torch.device) -> Sorted:
-        """`length` tokens of each of these slots, which ascend, those of none (-1) last. The host knows where they end."""
+        """`length` tokens of each of these slots, which are in ascending order with -1 (none) last."""
         lengths = [length * slots.count(slot) for slot in (*range(num_slots), -1)]
         ends_G1 = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(ends_G1.to(device, non_blocking=True), None, None)
 
     @classmethod
     def of(cls, slot_T: Tensor, num_slots: int, *, in_order: bool = False) -> Sorted:
-        """slot_T: int, -1 for none, on the device that computes. in_order: its slots ascend, those of none come last."""
+        """slot_T: int, -1 for none, on the computing device. in_order: slots ascend, with -1 last."""
         slot_T = torch.where(slot_T < 0, num_slots, slot_T)
         order_T = places_T = None
         if not in_order:
@@ -143,14 +143,14 @@ class Sorted:
 @dataclass(frozen=True, eq=False)
 class Masked:
     mask_TG: Tensor
-    """1 where the slot is the token's, else 0, in the type of the products."""
+    """1 where the slot is the token's, else 0, in the dtype of the products."""
     slots: slice
-    """The slots that are multiplied with."""
+    """The slots to compute."""
 
     @classmethod
     def of(cls, slot_T: Tensor, num_slots: int, dtype: torch.dtype) -> Masked:
-        """On a CPU, the slots from the first to the last one in use: a step's time there goes by what it reads. On a GPU all, so
-        that shapes stay and nobody waits for the numbers."""
+        """On a CPU, only the slots from the first to the last used one are computed, since time depends on the bytes read. On a
+        GPU all are, so that shapes are fixed and the host needs no values."""
         first, last = 0, num_slots
         if slot_T.device.type == "cpu" and (used := slot_T[slot_T >= 0]).numel():
             first, last = int(used.min()), int(used.max()) + 1
@@ -171,7 +171,7 @@ class BySlot:
     slot_T: Tensor
     """int, on the device; -1 for none."""
     order_T: Tensor
-    """int64: the rows in the order of their slots."""
+    """int64: row indices sorted by slot."""
 
     @classmethod
     def of(cls, slot_T: Tensor) -> BySlot:
@@ -183,13 +183,13 @@ class BySlot:
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """Dropout of the inputs of one adapter's layers."""
+    """Dropout for the inputs of one adapter's layers."""
 
     rate: float
     generator: torch.Generator
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        """As torch computes it on a CPU, so that it draws the same from the same seed."""
+        """Computed as torch does on a CPU, to draw the same mask from the same seed."""
         kept = 1 - self.rate
         return x_TK * torch.empty_like(x_TK).bernoulli_(kept, generator=self.generator).div_(kept)
 
@@ -198,14 +198,14 @@ class Dropout:
 class Dropped:
     route: Route
     length: int
-    """The tokens of each part."""
+    """The number of tokens of each part."""
     dropouts: tuple[Dropout | None, ...]
-    """The dropout of each part, in order; None for none."""
+    """The dropout of each part; None: no dropout."""
     begun: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
-    """What the generators were as each of the model's layers began."""
+    """The generators' states at the beginning of each layer of the model."""
 
     def begin(self, layer: nn.Module) -> None:
-        """A layer that is computed again in the backward pass draws what it drew."""
+        """To be called before each layer. A layer that is recomputed in the backward pass draws the same masks again."""
         generators = [dropout.generator for dropout in self.dropouts if dropout is not None]
         if layer in self.begun:
             for generator, state in zip(generators, self.begun[layer], strict=True):
@@ -220,12 +220,12 @@ class Dropped:
 
 
 def _adding() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """out + low @ b: in the output's place where nothing goes back through it, since torch else copies it first."""
+    """(out, low, b) -> out + low @ b, in place if no gradient is needed."""
     return torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
 
 
 def _together(a: Sequence[Tensor]) -> Tensor:
-    """One after another; a single one isn't copied."""
+    """a of all layers, concatenated along the rank; a single one is not copied."""
     return a[0] if len(a) == 1 else torch.cat(list(a))
 
 
@@ -233,7 +233,7 @@ def _together(a: Sequence[Tensor]) -> Tensor:
 def slot_products(
     outs: list[Tensor], x_TK: Tensor, slot_T: Tensor, order_T: Tensor, a: list[Tensor], b: list[Tensor]
 ) -> list[Tensor]:
-    """out + (x @ a[slot].T) @ b[slot] of each layer that shares x, row by row."""
+    """out + (x @ a[slot].T) @ b[slot] for each layer that shares x, where each row has its own slot."""
     if not x_TK.is_cuda:
         return [_by_row(out_TO, x_TK, slot_T, a_GRK, b_GRO) for out_TO, a_GRK, b_GRO in zip(outs, a, b, strict=True)]
     if len(x_TK) > ROW_BY_ROW:
@@ -257,9 +257,9 @@ def _(outs: list[Tensor], x_TK: Tensor, slot_T: Tensor, order_T: Tensor, a: list
 
 @torch.library.custom_op("raytune_llm::grouped_product", mutates_args=())
 def grouped_product(x_TK: Tensor, w_GKO: Tensor, ends_G: Tensor) -> Tensor:
-    """x [T, K] @ w [G, K, O], with the w of the group that a row belongs to: rows up to the group's end, from that before it.
+    """x [T, K] @ w [G, K, O], where each row is multiplied by its group's matrix. Group g has the rows ends[g - 1] to ends[g].
 
-    An operator of ours, since the compiler knows torch's for one type alone, and kernels take rows one after another only.
+    A custom op, since torch.compile supports torch's grouped product for one dtype only, and its kernels need contiguous rows.
     """
     return F.grouped_mm(x_TK.contiguous(), w_GKO, offs=ends_G)
 
@@ -271,7 +271,7 @@ def _(x_TK: Tensor, w_GKO: Tensor, ends_G: Tensor) -> Tensor:
 
 @torch.library.custom_op("raytune_llm::grouped_outer", mutates_args=())
 def _grouped_outer(x_TK: Tensor, y_TO: Tensor, ends_G: Tensor) -> Tensor:
-    """x.T @ y of each group's rows: [G, K, O]."""
+    """x.T @ y for the rows of each group: [G, K, O]."""
     return F.grouped_mm(x_TK.contiguous().T, y_TO.contiguous(), offs=ends_G)
 
 

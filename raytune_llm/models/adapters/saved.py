@@ -1,4 +1,4 @@
-"""A folder with an adapter, as PEFT writes it: its config, its tensors, and whether they fit a model."""
+"""Reading an adapter's folder as PEFT writes it: its config, its tensors, and the check that they fit a model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from raytune_llm.models.finished import check_unchanged
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NUMBERS = ("r", "alpha", "lora_alpha")
-"""Of a config, which PEFT takes as they are."""
+"""Numeric entries of a config, which PEFT does not check."""
 MAX_HASHED_BYTES = 256 << 20
-"""Of an adapter's file, which is read several times where it is served."""
+"""Adapter files up to this size are hashed. A server reads them several times, so the limit is lower than for models."""
 
 
 def read_config(path: str, setting: str) -> PeftConfig:
-    """Raises ConfigError where the folder, which the setting names, is no adapter's."""
+    """The config of the adapter in the folder. Raises ConfigError, which names the setting, if the folder is not an adapter's."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         raise ConfigError(
@@ -64,12 +64,12 @@ def _weights_are_read(path: str, setting: str) -> Iterator[None]:
 
 
 def task_of(path: str, setting: str) -> str | None:
-    """PEFT's word for what the adapter's model does: CAUSAL_LM, SEQ_CLS, ..."""
+    """PEFT's task type of the adapter: CAUSAL_LM, SEQ_CLS, ..."""
     return read_config(path, setting).task_type
 
 
 def tensor_names(path: str, setting: str) -> list[str]:
-    """Of its safetensors file; none where it has another. Raises ConfigError for a file that can't be read."""
+    """The tensor names in its safetensors file; an empty list if it has another format. Raises ConfigError for a damaged file."""
     weights = Path(path) / WEIGHTS[0]
     if not weights.is_file():
         return []
@@ -78,16 +78,17 @@ def tensor_names(path: str, setting: str) -> list[str]:
 
 
 def other_base(path: str, setting: str, here: str) -> str | None:
-    """What to say of an adapter that names another base than `here`, the base_name of a model's section; None where it names the
-    same or none. Folders of one name are taken for one model."""
+    """A warning if the adapter's config names another base than `here` (the base_name of a model's section); else None. Paths
+    with the same last part count as the same model."""
     there = read_config(path, setting).base_model_name_or_path
     if not there or not here or _known_as(there) == _known_as(here):
         return None
-    return f"{setting}: {path} was trained on {there}, not on {here}; that sizes are alike is all that can be checked"
+    return f"{setting}: {path} was trained on {there}, not on {here}; only their shapes can be checked"
 
 
 def _known_as(base: str) -> tuple[str, list[tuple[str, ...]]]:
-    """The last part of the path or id, of a hub's cache too, and the last two of what is merged into it."""
+    """The last part of a path or hub id (also of a path in a hub's cache), and the last two parts of each adapter merged into
+    it."""
     path, _, merged = base.partition(" with ")
     in_cache = [part for part in Path(path).parts if part.startswith("models--")]
     name = in_cache[0].rpartition("--")[2] if in_cache else Path(path).name
@@ -95,12 +96,12 @@ def _known_as(base: str) -> tuple[str, list[tuple[str, ...]]]:
 
 
 def rank_of(path: str, setting: str) -> int:
-    """0: it has none."""
+    """The adapter's rank; 0 if its method has none."""
     return int(getattr(read_config(path, setting), "r", 0))
 
 
 def base_of(path: str, setting: str) -> str:
-    """The model that it was trained on. Raises ConfigError where its config doesn't say."""
+    """The path or hub id of the model it was trained on. Raises ConfigError if its config doesn't have it."""
     base = read_config(path, setting).base_model_name_or_path
     if not base:
         raise ConfigError(setting, f"must say in its {CONFIG} what its base is", got=path, fix="Set model.path to the base.")
@@ -108,23 +109,23 @@ def base_of(path: str, setting: str) -> str:
 
 
 def token_ids_of(path: str, setting: str) -> list[int]:
-    """The tokens whose embeddings are the adapter's own."""
+    """The tokens whose embeddings belong to the adapter."""
     given = getattr(read_config(path, setting), "trainable_token_indices", None) or []
     return sorted({id for ids in given.values() for id in ids} if isinstance(given, dict) else given)
 
 
 def in_peft_alone(base: PreTrainedModel, folder: Path) -> nn.Module:
-    """The adapter on a model of transformers, as anyone loads it: nothing of ours computes."""
+    """The adapter loaded on a transformers model by PEFT only, without this project's layers; for checks of exports."""
     return PeftModel.from_pretrained(base, str(folder))
 
 
 def load_weights(
     model: PeftModel, key: str, path: str, setting: str, *, may_lack: tuple[str, ...] = (), base_model: str | None = None
 ) -> None:
-    """Fill PEFT's adapter `key` from its folder, which the setting names.
+    """Load PEFT's adapter `key` from a folder.
 
-    Raises ConfigError unless all its tensors are there, of their sizes, and no others. Those that end in one of may_lack stay as
-    they are where they are not there. base_model: that it was trained on, by its config.
+    Raises ConfigError, which names the setting, if tensors are missing, unexpected or of another shape. Tensors whose names end
+    in one of may_lack may be missing and then keep their values. base_model: the base in the adapter's config, for the message.
     """
     here = get_peft_model_state_dict(model, adapter_name=key, save_embedding_layers=False)
     found = {name: value for name, value in here.items() if name.endswith(may_lack)} | _read(model, path, setting)
@@ -139,14 +140,14 @@ def load_weights(
     own = names_of(model, key)
     missing, unexpected = sorted(own.keys() & loaded.missing_keys), sorted(loaded.unexpected_keys)
     if missing or unexpected:
-        lacks = f"{len(missing)} of its tensors are not there ({missing[0]} for one)" if missing else ""
-        other = f"{len(unexpected)} are none of this model's ({unexpected[0]} for one)" if unexpected else ""
+        lacks = f"{len(missing)} tensors are missing (for example {missing[0]})" if missing else ""
+        other = f"{len(unexpected)} tensors are not of this model (for example {unexpected[0]})" if unexpected else ""
         raise unfit("; ".join(filter(None, (lacks, other))), path, setting, base_model)
 
 
 def names_of(model: PeftModel, key: str) -> dict[str, nn.Parameter]:
     """The parameters of PEFT's adapter `key`, by their names in the model."""
-    # PEFT keeps what is an adapter's in dictionaries, by the adapter's name
+    # PEFT keeps an adapter's modules in ModuleDicts with the adapter's name as the key.
     return {name: parameter for name, parameter in model.named_parameters() if f".{key}." in f"{name}."}
 
 
@@ -166,6 +167,6 @@ def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigE
 
 
 def changes_one_end(name: str, path: str, setting: str) -> ConfigError:
-    """For an adapter on the embedding or the head of a model in which they are one weight."""
-    rule = f"must leave {name} as it is, to be merged: the embedding and the head are one weight, and it changes one of them"
+    """The error for merging an adapter on the embedding or the head if these are tied."""
+    rule = f"can't be merged: it changes {name}, but the embedding and the head are tied, and it changes only one of them"
     return ConfigError(setting, rule, got=path, fix="Use it unmerged (serve.adapters, export.format=adapter).")

@@ -1,8 +1,8 @@
-"""The kernels behind `slot_products`: what the adapters of decoding rows add, a row at a time.
+"""The Triton kernels of `slot_products` for few rows: the adapters' part of decoding rows, one row per program.
 
-Products of one row with a few columns are reads of these columns and nothing else, so each row reads its own adapter's and there
-is no arithmetic for others. First x @ a[slot].T of the layers that share x, in pieces of K; then, for each piece of the outputs,
-the sum of the pieces and its product with b[slot]. Sums are in float32.
+The product of one row with a low-rank matrix is bound by reading the matrix, so each row reads only its own adapter's. The first
+kernel computes x @ a[slot].T for the layers that share x, in parts of K. For each block of outputs, the second one sums these
+parts and multiplies them by b[slot]. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 INPUTS, OUTPUTS, WARPS = 512, 512, 4
-"""Columns of inputs and of outputs that a program computes, and its warps."""
+"""The inputs and outputs that one program handles, and its warps."""
 TOGETHER = 3
-"""Layers that share an input, at most: q, k and v."""
+"""The largest number of layers that share an input: q, k and v."""
 
 
 def products(outs: Sequence[Tensor], x_TK: Tensor, slot_T: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """out + (x @ a[slot].T) @ b[slot] of each layer. a [G, R, K] and b [G, R, O] of each, contiguous; slot -1 adds nothing. outs
-    may be columns of one tensor."""
+    """out + (x @ a[slot].T) @ b[slot] for each layer. a: [G, R, K] and b: [G, R, O] of each layer, contiguous. Slot -1 adds
+    nothing. `outs` may be columns of one tensor."""
     (T, K), R, L = x_TK.shape, a[0].shape[1], len(outs)
     pieces = triton.cdiv(K, INPUTS)
     low = x_TK.new_empty((T, L, pieces, R), dtype=torch.float32)
@@ -44,7 +44,7 @@ def products(outs: Sequence[Tensor], x_TK: Tensor, slot_T: Tensor, a: Sequence[T
 
 
 def _step(rank: int) -> int:
-    """Inputs at once, so that a tile of a fits the registers."""
+    """The number of inputs per iteration, such that a tile of `a` fits the registers."""
     return min(INPUTS, max(64, 8192 // triton.next_power_of_2(rank)))
 
 

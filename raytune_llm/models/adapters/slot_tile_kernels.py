@@ -1,7 +1,7 @@
-"""The kernels behind `slot_products` for many rows: what the adapters of decoding rows add, a tile of rows at a time.
+"""The Triton kernels of `slot_products` for many rows: the adapters' part of decoding rows, one tile of rows per program.
 
-Rows are taken in the order of their slots, so that a tile has few of them: for each, the rows of the tile that are its own take
-one product with its columns, which are read once for them all. Sums are in float32. For few rows slot_kernels.py is faster.
+Rows are sorted by slot, so that a tile has few different slots. For each of these, the tile's rows are multiplied by the slot's
+matrix, which is read once. Sums are in float32. For few rows, slot_kernels.py is faster.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor
 from raytune_llm.models.adapters.slot_kernels import TOGETHER
 
 ROWS, INPUTS, STEP, OUTPUTS, WARPS = 16, 256, 128, 256, 4
-"""Rows of a tile; inputs that a program computes, so many at once; outputs that one computes; its warps."""
+"""The rows of a tile, the inputs that one program handles, the inputs per iteration, the outputs of one program, and its
+warps."""
 
 
 def products(
     outs: Sequence[Tensor], x_TK: Tensor, slot_T: Tensor, order_T: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> list[Tensor]:
-    """out + (x @ a[slot].T) @ b[slot] of each layer. a [G, R, K] and b [G, R, O] of each, contiguous; slot -1 adds nothing. outs
-    may be columns of one tensor. order_T: the rows in the order of their slots."""
+    """out + (x @ a[slot].T) @ b[slot] for each layer. a: [G, R, K] and b: [G, R, O] of each layer, contiguous. Slot -1 adds
+    nothing. `outs` may be columns of one tensor. order_T: row indices sorted by slot."""
     (T, K), R, L = x_TK.shape, a[0].shape[1], len(outs)
     pieces, tiles, more = triton.cdiv(K, INPUTS), triton.cdiv(T, ROWS), TOGETHER - L
     low = x_TK.new_empty((T, L, pieces, R), dtype=torch.float32)

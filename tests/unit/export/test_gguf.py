@@ -133,7 +133,7 @@ def test_an_adapter_alone_is_on_its_base_in_llama_cpp_what_it_is_in_peft(family,
     [
         ({"use_dora": True}, [], "must be plain LoRA to be written alone, and is with DoRA"),
         ({"modules_to_save": ["lm_head"]}, [], "and is with whole modules"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, [], "embed_tokens is none"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, [], "embed_tokens is not one"),
         ({}, ["export.dtype=q8_0"], "export.dtype must be auto or one of"),
         (None, [], "must be one adapter .* there are 0"),
     ],
