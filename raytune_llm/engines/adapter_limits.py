@@ -84,8 +84,11 @@ def _read(folder: Path, setting: str) -> Mapping[str, Any]:
         raise ConfigError(setting, f"must be a folder with {WEIGHTS}", got=str(folder), fix="Save it as safetensors.")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        return config if "peft_type" in config and config["peft_type"] != "LORA" else {**config, "r": int(config["r"])}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        if config.get("peft_type", "LORA") == "LORA":
+            config = {**config, "r": int(config["r"])}
+            largest_rank(config)
+        return config
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             setting, f"must hold an {CONFIG} of PEFT's ({type(error).__name__}: {error})", got=str(folder)
         ) from None

@@ -28,7 +28,7 @@ from raytune_llm.engines.adapter_limits import CONFIG, WEIGHTS, AdapterLimits
 from raytune_llm.engines.engine import AdapterState, Stats
 from raytune_llm.engines.native.adapter_store import digest_of
 from raytune_llm.engines.native.build import Serving
-from raytune_llm.engines.native.text import TextStream
+from raytune_llm.engines.native.text import TextStream, text_of
 from raytune_llm.engines.pins import check_pin
 from raytune_llm.engines.requests import Completion, Delta, Finish, Request, Sampling, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
@@ -206,7 +206,7 @@ class HostedEngine:
             end_ids=() if sampling.ignore_end else self._end_ids,
             version=version,
         )
-        generation = _Generation(stream, host_request, TextStream(self._tokenizer, sampling.stop, sampling.shown_ids))
+        generation = _Generation(stream, host_request, text_of(self._tokenizer, request, ids))
         self._loop.call_soon_threadsafe(self._start, generation)
         return stream
 

@@ -33,7 +33,7 @@ class Sampling:
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    """The answer's end is no candidate before so many tokens."""
+    """The answer's end is no candidate before so many tokens, and stop strings in them don't end it."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -71,6 +71,8 @@ class Request:
     sampling: Sampling = GREEDY
     adapter: str | None = None
     """None: the model as it was given to the engine."""
+    goes_on: bool = False
+    """The answer's text goes on with the prompt's: a space that it begins with is kept."""
 
     def __post_init__(self) -> None:
         assert (len(self.prompt_ids) > 0) != (self.conversation is not None), "a request has prompt_ids or a conversation"

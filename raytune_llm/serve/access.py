@@ -11,7 +11,6 @@ from raytune_llm.serve.api.server import Access
 
 def access_of(run: ServeRun) -> Access:
     """Keys in the settings take precedence over RAYTUNE_LLM_API_KEY and RAYTUNE_LLM_ADMIN_KEY."""
-    """Keys in the settings take precedence over RAYTUNE_LLM_API_KEY and RAYTUNE_LLM_ADMIN_KEY."""
     serve = run.serve
     roots = [Path(folder) for folder in (*serve.adapter_roots, *serve.adapters.values(), *filter(None, [serve.watch]))]
     return Access(

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 from raytune_llm.engines.engine import AdapterState, Engine, Stats
-from raytune_llm.engines.requests import Delta, Request, Stream, TokenLogprob
+from raytune_llm.engines.requests import Delta, Request, Sampling, Stream, TokenLogprob
 from raytune_llm.errors import ResourceError
 
 RETRY_AFTER_S = 1.0
@@ -188,6 +188,11 @@ def failure_of(stats: Stats) -> str | None:
     """Why an engine of this process answers no more. None: it runs."""
     silent_s = time.monotonic() - stats.last_step_at
     return stats.failure or (f"no heartbeat for {silent_s:.0f} s" if silent_s > STALLED_S else None)
+
+
+def warm_up(engine: Engine) -> None:
+    """Answer once, so that what is compiled or allocated at first use delays no user."""
+    engine.submit(Request(prompt_ids=[0], sampling=Sampling(max_new_tokens=2, ignore_end=True))).result()
 
 
 def _cancel(submitted: asyncio.Future[Stream]) -> None:

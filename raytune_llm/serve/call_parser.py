@@ -8,28 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from raytune_llm.data.templates.tool_calls import extract_calls
+from raytune_llm.serve.answer_parser import Names, OutputPart
 
-Names = frozenset[str] | None
-"""The tools of a request. None: any tool may be called."""
 SEPARATORS = re.compile(r"[\s,\[\]]+")
 """What may stand around the JSON objects of calls."""
-Kind = Literal["content", "reasoning", "call", "arguments"]
-
-
-@dataclass(frozen=True, slots=True)
-class OutputPart:
-    """A piece of an answer: text of content, of reasoning, or of the arguments of the last call; or a call's name."""
-
-    kind: Kind
-    text: str = ""
-    id: str = ""
-    """Of a call, as the API reports it."""
 
 
 def _never(text: str, names: Names) -> bool:
@@ -183,7 +169,7 @@ class CallParser:
 
     def _call(self, name: str) -> OutputPart:
         self.number += 1
-        return OutputPart("call", name, f"call_{secrets.token_hex(12)}")
+        return OutputPart.call(name)
 
 
 @dataclass(slots=True)
@@ -315,9 +301,3 @@ def call_syntax_of(template: str) -> CallSyntax | None:
     """The first syntax that is indicated in the template's source."""
     source = template.replace('\\"', '"')
     return next((one for one in CALL_SYNTAXES if any(sign in source for sign in one.signs)), None)
-
-
-def pending_length(text: str, tag: str) -> int:
-    """Number of characters at the end of `text` that could be the start of `tag`, with the white space before it."""
-    size = next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)
-    return len(text) - len(text[: len(text) - size].rstrip())

@@ -162,9 +162,9 @@ def check_servable(
 ) -> None:
     """What a replica elsewhere would refuse, as far as it can be known without weights. Raises a UserError."""
     ENGINES[engine_settings.name].check(engine_settings, model, quantization, served)
-    lone_adapter(served, engine_settings)
-    tokenizer_of(model, served)
-    load_config(model.path, model.config, **model.config_options)
+    alone = lone_adapter(served, engine_settings)
+    _, ends = tokenizer_of(model, served)
+    _check_template(ends, load_config(model.path, model.config, **model.config_options), served, alone)
     _configured_ends(model.path)
 
 
@@ -173,6 +173,7 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
     compute, _ = choose_precision(served.precision, device)
     tokenizer, ends = tokenizer_of(model, served)
     config = load_config(model.path, model.config, **model.config_options)
+    _check_template(ends, config, served, alone)
     source = alone.source.path if alone is not None else model.path and packaged.resolve(model.path)
     head = source if source is not None and has_separate_head(source) else None
     return Serving(
@@ -193,6 +194,16 @@ def _serving(model: ModelConfig, quantization: QuantizationConfig, served: Serve
         new_ids=() if alone is None else alone.token_ids,
         head=head,
     )
+
+
+def _check_template(ends: list[int], config: PretrainedConfig, served: ServedModels, alone: LoneAdapter | None) -> None:
+    """Raises ConfigError where the model has no embedding for a token that the template ends answers with."""
+    text: Any = config.get_text_config()
+    rows = max([text.vocab_size, *(id + 1 for id in (alone.token_ids if alone is not None else ()))])
+    if served.template is not None and max(ends, default=0) >= rows:
+        rule = f"must be a template whose special tokens are among the model's {rows}"
+        fix = "Take the template that the model was trained with."
+        raise ConfigError(f"{served.setting.partition('.')[0]}.template", rule, got=served.template, fix=fix)
 
 
 def _configured_ends(path: str | None) -> list[int]:

@@ -10,10 +10,9 @@ The recipient of a call may also stand before the channel. The prompt ends in `<
 from __future__ import annotations
 
 import re
-import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from raytune_llm.serve.call_parser import Kind, Names, OutputPart, pending_length
+from raytune_llm.serve.answer_parser import AnswerParser, Kind, OutputPart, pending_length
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 ANSWER = f"{START}assistant"
@@ -40,14 +39,10 @@ class HarmonySyntax:
 
 
 @dataclass(slots=True)
-class HarmonyParser:
-    """Parses one answer, as OutputParser does."""
+class HarmonyParser(AnswerParser):
+    """Holds back a header, and what may be the beginning of a message's end."""
 
     syntax: HarmonySyntax
-    names: Names = None
-    calls: int = 0
-    _held: str = field(init=False)
-    """Text that has not been returned yet: a header, or what may be the beginning of a message's end."""
     _body: Kind | None = None
     """What the text is. None: a header."""
     _raw: bool = False
@@ -56,24 +51,9 @@ class HarmonyParser:
     """No text of the message was returned."""
 
     def __post_init__(self) -> None:
-        self._held = ""
         self.push(self.syntax.begun)
 
-    def push(self, text: str) -> list[OutputPart]:
-        return self._read(text, final=False)
-
-    def finish(self) -> list[OutputPart]:
-        return self._read("", final=True)
-
-    def _read(self, text: str, *, final: bool) -> list[OutputPart]:
-        parts: list[OutputPart] = []
-        self._held += text
-        while self._step(parts, final=final):
-            pass
-        return parts
-
-    def _step(self, parts: list[OutputPart], *, final: bool) -> bool:
-        """Return what can be returned now. False: nothing is left, or more text is needed."""
+    def _step(self, parts: list[OutputPart], final: bool) -> bool:
         return self._header(parts, final) if self._body is None else self._message(parts, self._body, final)
 
     def _header(self, parts: list[OutputPart], final: bool) -> bool:
@@ -89,9 +69,8 @@ class HarmonyParser:
         self._held, self._raw, self._empty = rest, False, True
         recipient = RECIPIENT.search(header)
         if self.syntax.tools and recipient is not None and (self.names is None or recipient[1] in self.names):
-            self.calls += 1
             self._body = "arguments"
-            parts.append(OutputPart("call", recipient[1], f"call_{secrets.token_hex(12)}"))
+            parts.append(OutputPart.call(recipient[1]))
         elif "to=" in header:
             self._body, self._raw = "content", True
             parts.append(OutputPart("content", header + MESSAGE))

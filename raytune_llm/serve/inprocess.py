@@ -10,10 +10,10 @@ import uvicorn
 from raytune_llm.config.run import ServeRun
 from raytune_llm.serve.access import access_of
 from raytune_llm.serve.api.app import build_app
-from raytune_llm.serve.backend import InProcessBackend
+from raytune_llm.serve.backend import InProcessBackend, warm_up
 from raytune_llm.serve.engines import build_engine, check_names, other_bases, tokenizer_of
 from raytune_llm.serve.logs import log_at
-from raytune_llm.serve.port import bound
+from raytune_llm.serve.port import bound, url_of
 from raytune_llm.serve.prompts import Prompts
 from raytune_llm.serve.watch import Watcher
 
@@ -27,14 +27,17 @@ def serve_inline(run: ServeRun, *, notify: Callable[[str], None]) -> None:
     serve = run.serve
     check_names(run.model, serve)
     listening = bound(serve.host, serve.port)
-    url = f"http://{serve.host}:{listening.getsockname()[1]}"
+    url = url_of(serve.host, listening.getsockname()[1])
     notify(f"loading {run.model.path or 'a model'}")
     tokenizer, _ = tokenizer_of(run.model, serve)
     engine, facts = build_engine(run.model, run.quantization, run.engine, serve)
     watcher = None
     try:
+        if not facts.scores:
+            warm_up(engine)
         if serve.watch is not None:
-            watcher = Watcher(Path(serve.watch).resolve(), engine, base_name=facts.name, notify=notify)
+            folder = Path(serve.watch).resolve()
+            watcher = Watcher(folder, engine, base_name=facts.name, adapters=serve.adapters, notify=notify)
             watcher.start()
         log_at(serve.log_level)
         app = build_app(InProcessBackend(engine, facts, max_waiting=serve.max_waiting), Prompts(tokenizer), access_of(run))

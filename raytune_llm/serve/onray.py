@@ -28,7 +28,7 @@ from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, deploy_config, http_options
 from raytune_llm.serve.engines import base_name, check_names, check_servable, other_bases
-from raytune_llm.serve.port import bound
+from raytune_llm.serve.port import bound, url_of
 from raytune_llm.serve.replica import REFUSED, BuildEngine
 
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its messages about the deployment would repeat ours
@@ -172,7 +172,7 @@ def _wait_until_ready(run: ServeRun, port: int, notify: Notify) -> None:
         if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise _failed(app)
         if app.status == ApplicationStatus.RUNNING and _answers(run, port):
-            notify(f"ready at http://{run.serve.host}:{port}")
+            notify(f"ready at {url_of(run.serve.host, port)}")
             return
         if ENGINE in app.deployments:
             states = app.deployments[ENGINE].replica_states
@@ -186,9 +186,9 @@ def _wait_until_ready(run: ServeRun, port: int, notify: Notify) -> None:
 def _answers(run: ServeRun, port: int) -> bool:
     if on_cluster(run.resources):
         return True  # this machine may not reach the cluster's network
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(run.serve.host, run.serve.host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(run.serve.host, run.serve.host)
     try:
-        with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5) as answer:
+        with urllib.request.urlopen(f"{url_of(host, port)}/health", timeout=5) as answer:
             return answer.status == 200
     except OSError:
         return False

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raytune_llm.serve.call_parser import FORCED_CALL, CallParser, CallSyntax, Names, OutputPart, call_syntax_of, pending_length
+from raytune_llm.serve.answer_parser import AnswerParser, Names, OutputPart, pending_length
+from raytune_llm.serve.call_parser import FORCED_CALL, CallParser, CallSyntax, call_syntax_of
 from raytune_llm.serve.harmony_parser import MESSAGE, THOUGHT, WORDS, HarmonyParser, HarmonySyntax
 
 THOUGHTS: tuple[tuple[str, str, str], ...] = (
@@ -64,21 +65,15 @@ class OutputSyntax:
 
 
 @dataclass(slots=True)
-class OutputParser:
-    """Parses one answer: `push` for each new piece of text, then `finish`."""
+class OutputParser(AnswerParser):
+    """Parses reasoning between tags, and calls between words."""
 
     syntax: OutputSyntax
-    names: Names = None
-    """The tools of the request; a call of any other tool stays content. None: any tool may be called."""
-    calls: int = 0
-    """Tool calls found so far."""
     _thinking: bool = field(init=False)
     _begun: bool = False
     """Content or reasoning has been returned; a reasoning tag after that is content."""
     _trims: str = field(init=False)
     """Characters that are dropped at the start of the held text: they belong to the tag before it."""
-    _held: str = ""
-    """Text that has not been returned yet."""
     _call_parser: CallParser | None = None
     """Reads the text of calls that have begun."""
     _calls_may_come: bool = field(init=False)
@@ -88,23 +83,7 @@ class OutputParser:
         self._trims = "\n" if self._thinking else ""
         self._calls_may_come = self.syntax.calls is not None
 
-    def push(self, text: str) -> list[OutputPart]:
-        return self._read(text, final=False)
-
-    def finish(self) -> list[OutputPart]:
-        """The text that was still held back, and calls that the end of the answer completes."""
-        return self._read("", final=True)
-
-    def _read(self, text: str, *, final: bool) -> list[OutputPart]:
-        parts: list[OutputPart] = []
-        self._held += text
-        while self._step(parts, final):
-            pass
-        self.calls += sum(part.kind == "call" for part in parts)
-        return parts
-
     def _step(self, parts: list[OutputPart], final: bool) -> bool:
-        """Return what can be returned now. False: nothing is left, or more text is needed."""
         if self._call_parser is not None:
             return self._read_calls(parts, self._call_parser, final)
         self._held = self._held.lstrip(self._trims) if self._trims else self._held
@@ -166,5 +145,5 @@ class OutputParser:
         return [OutputPart("reasoning", text)] if text else []
 
 
-def parser_of(syntax: OutputSyntax, names: Names) -> OutputParser | HarmonyParser:
+def parser_of(syntax: OutputSyntax, names: Names) -> AnswerParser:
     return OutputParser(syntax, names) if syntax.harmony is None else HarmonyParser(syntax.harmony, names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -61,7 +61,7 @@ class Prompts:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def special_ids(self, words: Sequence[str]) -> list[int]:
-        """The special tokens of which these words consist."""
+        """The special tokens that these words hold."""
         return [id for id, text in self._special.items() if any(text in word for word in words)]
 
     async def chat(
@@ -107,11 +107,22 @@ class Prompts:
     @cached_property
     def thinking_can_be_set(self) -> bool:
         """enable_thinking changes prompts of this chat template."""
+        asked = Conversation((Message("user", "a"), Message("assistant", "b", reasoning="c"), Message("user", "d")))
+        return self._changes((thinking, asked) for thinking in (None, True, False))
+
+    @cached_property
+    def tools_are_told(self) -> bool:
+        """Prompts of this chat template hold the tools."""
+        function = {"name": "a", "description": "b", "parameters": {"type": "object", "properties": {}}}
+        tools = ({"type": "function", "function": function},)
+        return self._changes((None, Conversation((Message("user", "a"),), given)) for given in ((), tools))
+
+    def _changes(self, asked: Iterable[tuple[bool | None, Conversation]]) -> bool:
+        """Prompts, each by enable_thinking and its conversation, differ."""
         if self.tokenizer.chat_template is None:
             return True
-        asked = Conversation((Message("user", "a"), Message("assistant", "b", reasoning="c"), Message("user", "d")))
         try:
-            return len({self._template(thinking).prompt(asked) for thinking in (None, True, False)}) > 1
+            return len({self._template(thinking).prompt(conversation) for thinking, conversation in asked}) > 1
         except jinja2.TemplateError:  # it has rules of its own for conversations
             return True
 

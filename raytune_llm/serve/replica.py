@@ -14,9 +14,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from raytune_llm.config.run import ServeRun
 from raytune_llm.engines.engine import AdapterState, Engine
-from raytune_llm.engines.requests import Delta, Request, Sampling, TokenLogprob
+from raytune_llm.engines.requests import Delta, Request, TokenLogprob
 from raytune_llm.errors import DataError, ResourceError, UserError
-from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded, Pooling, Report, failure_of
+from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded, Pooling, Report, failure_of, warm_up
 from raytune_llm.serve.ledger import AdapterChange, Changes
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.watch import Watcher
@@ -77,13 +77,13 @@ class EngineReplica:
         self._rows, self._slots = run.engine.max_rows, run.serve.max_adapters
         if run.serve.watch is not None:
             folder = Path(run.serve.watch).resolve()
-            self._watcher = Watcher(folder, self._engine, base_name=self._facts.name, notify=log.info)
+            self._watcher = Watcher(folder, self._engine, base_name=self._facts.name, adapters=run.serve.adapters)
             await asyncio.to_thread(self._watcher.start)
         self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
         await self._ask_peers()
         self._asking = asyncio.create_task(self._keep_asking_peers())
         if not self._facts.scores:
-            await asyncio.to_thread(_answer_once, self._engine)
+            await asyncio.to_thread(warm_up, self._engine)
 
     # Called by an ingress -------------------------------------------------------------------------------------------------
 
@@ -236,8 +236,3 @@ def _built(run: ServeRun, build: BuildEngine) -> tuple[Engine, ModelFacts]:
         return build(run)
     except UserError as error:
         raise RuntimeError(f"{REFUSED} {error}") from None
-
-
-def _answer_once(engine: Engine) -> None:
-    """A warm-up request, so that compilation at first use delays no user."""
-    engine.submit(Request(prompt_ids=[0], sampling=Sampling(max_new_tokens=2, ignore_end=True))).result()

@@ -56,15 +56,16 @@ class TokenBytes:
 class TextOffsets:
     """The places of tokens in the text that they make, in characters. Special tokens are no part of it."""
 
-    def __init__(self, tokens: TokenBytes) -> None:
-        self._tokens, self._end = tokens, 0
+    def __init__(self, tokens: TokenBytes, *, goes_on: bool = False) -> None:
+        """goes_on: a space that it begins with is kept."""
+        self._tokens, self._end, self._strips = tokens, 0, tokens.strips and not goes_on
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def place(self, token: int) -> int:
-        """Of the next token."""
+    def place(self, token: int, *, is_shown: bool = False) -> int:
+        """Of the next token. is_shown: it is part of the text though it may be special."""
         place = self._end
-        held = b"" if token in self._tokens.special else self._tokens.of(token)
-        if place == 0 and self._tokens.strips:
+        held = b"" if token in self._tokens.special and not is_shown else self._tokens.of(token)
+        if place == 0 and self._strips:
             held = held.removeprefix(b" ")
         self._end += len(self._decoder.decode(held))
         return place

@@ -10,7 +10,8 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -22,8 +23,10 @@ from raytune_llm.train.checkpoint_files import complete_steps, path_of
 
 log = logging.getLogger("raytune_llm.serve")
 INTERVAL_S = 1.0
-Stamp = tuple[int, int, int]
-"""Identifies a version of a folder: inode, size and modification time (ns) of its first file."""
+REPLACED_S = 0.05
+"""A folder that is replaced is back after this time: two renames are between the old one and the new one."""
+Stamp = tuple[tuple[int, int, int], ...]
+"""Identifies a version of a folder: inode, size and modification time (ns) of its files."""
 
 
 class Adapters(Protocol):
@@ -41,11 +44,13 @@ class Watcher:
         engine: Adapters,
         *,
         base_name: str,
+        adapters: Mapping[str, str] | None = None,
         notify: Callable[[str], None] = log.info,
         interval_s: float = INTERVAL_S,
     ) -> None:
+        """adapters: name -> folder of those that the settings name. A run of such a name is served only if that is its folder."""
         self._folder, self._engine, self._base_name, self._notify = folder, engine, base_name, notify
-        self._interval_s = interval_s
+        self._interval_s, self._adapters = interval_s, adapters or {}
         self._served: dict[str, tuple[Path, Stamp]] = {}
         self._refused: dict[str, tuple[Path, Stamp]] = {}
         """Adapters that can't be served; they are tried again only when they change."""
@@ -90,7 +95,7 @@ class Watcher:
             for name, (place, stamp) in found.items():
                 if (place, stamp) not in (self._served.get(name), self._refused.get(name)):
                     self._serve(name, place, stamp)
-            for name in self._served.keys() - found.keys():
+            for name in self._gone(self._served.keys() - found.keys()):
                 self._end(name)
             for kept in (self._refused, self._told):
                 for name in kept.keys() - found.keys() - unreadable:
@@ -121,8 +126,12 @@ class Watcher:
     def _add(self, name: str, place: Path) -> str | None:
         """Its version; None: a checkpoint without an adapter."""
         checked_name(name, self._base_name)
+        folder = checked_folder(str(place), [self._folder])
+        if name in self._adapters and Path(self._adapters[name]).resolve() != folder:
+            rule = "must not be that of another adapter in serve.adapters"
+            raise ConfigError("a run's name", rule, got=name, fix="Rename one of them.")
         if place.parent.name != "checkpoints":
-            return self._engine.add_adapter(name, checked_folder(str(place), [self._folder]))
+            return self._engine.add_adapter(name, folder)
         # A folder of its own, as PEFT writes it, from which the engine can also read it again later.
         folder = Path(tempfile.mkdtemp(dir=self._written.name))
         version = None
@@ -136,6 +145,19 @@ class Watcher:
         if version is not None:
             self._folders[name] = folder
         return version
+
+    def _gone(self, missing: Set[str]) -> list[str]:
+        """Those that are not being replaced."""
+        if missing:
+            time.sleep(REPLACED_S)
+        return sorted(name for name in missing if not self._is_back(name))
+
+    def _is_back(self, name: str) -> bool:
+        place, _ = self._served[name]
+        try:
+            return name in _adapters_of(place.parent if place.name == "final" else place.parent.parent)
+        except OSError:
+            return False
 
     def _end(self, name: str) -> None:
         del self._served[name]
@@ -167,9 +189,9 @@ def _adapters_of(run: Path) -> dict[str, tuple[Path, Stamp]]:
 
 
 def _stamp(folder: Path, *files: str) -> Stamp | None:
-    """The stamp of the first of these files; None unless all of them exist."""
+    """None unless all of these files exist."""
     try:
-        first, *_ = [(folder / name).stat() for name in files]
+        found = [(folder / name).stat() for name in files]
     except OSError:
         return None
-    return first.st_ino, first.st_size, first.st_mtime_ns
+    return tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in found)

@@ -35,7 +35,7 @@ from raytune_llm.engines.native.scheduler import Piece, Scheduler
 from raytune_llm.engines.native.scoring import ScoredText, Waves, texts_of
 from raytune_llm.engines.native.slots import Adapter, Bank, Slots
 from raytune_llm.engines.native.started import Started
-from raytune_llm.engines.native.text import TextStream
+from raytune_llm.engines.native.text import text_of
 from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
 
@@ -110,7 +110,7 @@ class NativeEngine:
         """
         self._overlaps = runner.device.type == "cuda" if overlaps is None else overlaps
         self._runner, self._tokenizer, self._render = runner, tokenizer, render
-        self._end_ids, self._own_adapter = tuple(end_ids), own_adapter
+        self._end_ids, self._own_adapter = tuple(id for id in end_ids if id < runner.vocab_size), own_adapter
         self.max_rows, self._pass_tokens = max_rows, pass_tokens or step_tokens
         self._max_length = min(max_length, runner.num_blocks * runner.block_size)
         self._blocks = BlockPool(runner.num_blocks, runner.block_size, prefix_cache=prefix_cache)
@@ -151,13 +151,15 @@ class NativeEngine:
         ids = [int(id) for id in self._prompt_ids(request)]
         if len(ids) + 1 > self._max_length:
             raise ConfigError("the prompt", f"must leave room for an answer within {self._max_length} tokens", got=len(ids))
+        self._check_ids(ids)
+        self._check_ids([token for token, _ in sampling.logit_bias])
         matcher = None if sampling.grammar is None else self._matcher(sampling.grammar)
         stream = Stream()
         row = Row(
             stream=stream,
             sampling=sampling,
             sampler=RowSampler(sampling, self._end_ids, ids),
-            text=TextStream(self._tokenizer, sampling.stop, sampling.shown_ids),
+            text=text_of(self._tokenizer, request, ids),
             ids=list(ids),
             prompt_tokens=len(ids),
             limit=min(len(ids) + sampling.max_new_tokens, self._max_length),
@@ -177,6 +179,8 @@ class NativeEngine:
         return [stream.result() for stream in streams]
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
+        for ids in prompts:
+            self._check_ids(ids)
         packs = [prompts[pack] for pack in in_packs([len(ids) for ids in prompts], self._pass_tokens)]
         passes = (partial(self._runner.pooled, pack, pooling) for pack in packs)
         return self._between_steps(passes, self._named(adapter))
@@ -194,6 +198,8 @@ class NativeEngine:
         longest = max(sizes, default=0)
         if longest - 1 > self._max_length:  # the last token is only predicted
             raise ConfigError("a prompt and its answer", f"must have at most {self._max_length + 1} tokens", got=longest)
+        for ids in (*prompts, *answers):
+            self._check_ids(ids)
         version = self._named(adapter)
         if share_prefixes and self._blocks.shares:  # computed by the cache's waves
             passes = self._over_the_cache(prompts, answers, "" if version is None else version.version)
@@ -446,8 +452,11 @@ class NativeEngine:
         """Put a sampled token into its place in the row. The row leaves the batch if it is its last token, for the reason that is
         returned."""
         self._generated += 1
-        if row.matcher is not None:
-            row.matcher.accept_token(token)
+        if row.matcher is not None and not row.matcher.accept_token(token):
+            row.done = True
+            self._leave(row, place)
+            row.stream.fail(ConfigError("the grammar", "must allow a text: it came where no token is left"))
+            return None
         ends = not row.sampling.ignore_end or (row.matcher is not None and row.matcher.is_terminated())
         if token in self._end_ids and ends:
             self._leave(row, place)
@@ -517,6 +526,13 @@ class NativeEngine:
                 row.stream.fail(error)
         for one in self._scheduler.passes:
             one.fail(self._gone())
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Raises ConfigError for a token that the model lacks, which would end the engine: tokenizers may have more."""
+        size = self._runner.vocab_size
+        if min(ids, default=0) < 0 or max(ids, default=0) >= size:
+            got = next(id for id in ids if not 0 <= id < size)
+            raise ConfigError("token ids", f"must be from 0 to {size - 1}, the model's last", got=got)
 
     def _check_alive(self) -> None:
         if self._closed.is_set():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from raytune_llm.engines.requests import Grammar
 from raytune_llm.errors import ConfigError, ResourceError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
+MAX_SCHEMA_DEPTH = 64
+"""Brackets within brackets. xgrammar takes memory and time without end for schemas of hundreds."""
 MAX_COMPILE_THREADS = 1
 CACHE_BYTES = 256 * 2**20
 """Of compiled grammars, which clients may send without end."""
@@ -41,6 +45,8 @@ class Grammars:
         """A matcher for one answer. Raises ConfigError for a grammar that xgrammar does not support."""
         if len(grammar.text) > MAX_GRAMMAR_CHARACTERS:
             raise ConfigError("the grammar", f"must have at most {MAX_GRAMMAR_CHARACTERS} characters", got=len(grammar.text))
+        if grammar.kind in ("json_schema", "structural_tag") and (depth := _depth(grammar.text)) > MAX_SCHEMA_DEPTH:
+            raise ConfigError("a JSON schema", f"must have at most {MAX_SCHEMA_DEPTH} brackets within each other", got=depth)
         compile_one = {
             "json_schema": self._compiler.compile_json_schema,
             "json": lambda text: self._compiler.compile_builtin_json_grammar(),
@@ -49,10 +55,14 @@ class Grammars:
             "structural_tag": self._compiler.compile_structural_tag,
         }[grammar.kind]
         try:
-            return self._xgrammar.GrammarMatcher(compile_one(grammar.text))
+            matcher = self._xgrammar.GrammarMatcher(compile_one(grammar.text))
         except (RuntimeError, ValueError, TypeError) as error:
             problem = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise ConfigError("the grammar", f"must be one that xgrammar compiles ({problem})", got=grammar.kind) from None
+        mask_1W = self.bitmask([matcher])
+        if mask_1W is None or not mask_1W.any():
+            raise ConfigError("the grammar", "must allow a text, and allows none", got=grammar.kind)
+        return matcher
 
     def bitmask(self, matchers: list[Any | None]) -> Tensor | None:
         """int32 [R, ceil(V / 32)] on the host; None where no row has a grammar."""
@@ -63,3 +73,9 @@ class Grammars:
             if matcher is not None and not matcher.is_terminated():
                 matcher.fill_next_token_bitmask(mask_RW, number)
         return mask_RW
+
+
+def _depth(text: str) -> int:
+    """Of the brackets of a JSON text, without those in strings."""
+    brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^{}\[\]"]+', "", text)
+    return max(accumulate(1 if bracket in "{[" else -1 for bracket in brackets), default=0)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from raytune_llm.engines.requests import Sampling, ScoredToken, TokenLogprob
 
+MIN_TEMPERATURE = 1e-5
+"""Below it the likeliest token is drawn anyway, and a quotient of a logit may be infinite."""
+
 
 @dataclass(eq=False)
 class RowSampler:
@@ -116,7 +119,7 @@ def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
     device, size = logits_KV.device, logits_KV.shape[1]
     settings = [row.sampling for row in rows]
     numbers = [
-        (uniform(s.seed, row.drawn), s.temperature, s.top_k or size, s.top_p, s.min_p)
+        (uniform(s.seed, row.drawn), max(s.temperature, MIN_TEMPERATURE), min(s.top_k or size, size), s.top_p, s.min_p)
         for s, row in zip(settings, rows, strict=True)
     ]
     columns_5K1 = _on(device, numbers, torch.float32).T[:, :, None]
@@ -152,7 +155,7 @@ def scored_tokens(logits_NV: Tensor, targets_N: Tensor, top: int = 0) -> list[Sc
     likeliest = (logits_NV.argmax(dim=1) == targets_N).tolist()
     if not top:
         return list(map(ScoredToken, chosen, likeliest))
-    value_NK, token_NK = values_NV.topk(top, dim=1)
+    value_NK, token_NK = values_NV.topk(min(top, values_NV.shape[1]), dim=1)
     best = [tuple(zip(t, v, strict=True)) for t, v in zip(token_NK.tolist(), value_NK.tolist(), strict=True)]
     return list(map(ScoredToken, chosen, likeliest, best))
 
@@ -163,7 +166,7 @@ def logprobs(logits_RV: Tensor, tokens_R: Tensor, top: int) -> list[TokenLogprob
     chosen = values_RV.gather(1, tokens_R[:, None]).squeeze(1).tolist()
     best: list[tuple[tuple[int, float], ...]] = [()] * len(chosen)
     if top:
-        value_RK, token_RK = values_RV.topk(top, dim=1)
+        value_RK, token_RK = values_RV.topk(min(top, values_RV.shape[1]), dim=1)
         best = [tuple(zip(t, v, strict=True)) for t, v in zip(token_RK.tolist(), value_RK.tolist(), strict=True)]
     return [
         TokenLogprob(token=token, logprob=value, top=likeliest)

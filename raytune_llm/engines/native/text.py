@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from raytune_llm.engines.requests import Request
+
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character yet."""
 MAX_HELD_TOKENS = 8
@@ -18,14 +20,25 @@ MAX_HELD_TOKENS = 8
 class TextStream:
     """The text of one answer. `push` takes tokens and gives the text that is certain by then."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown_ids: Sequence[int] = ()) -> None:
-        """shown_ids: special tokens that are part of the text."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        shown_ids: Sequence[int] = (),
+        *,
+        min_tokens: int = 0,
+        after: Sequence[int] = (),
+    ) -> None:
+        """shown_ids: special tokens that are part of the text. min_tokens: stop strings are looked for in what follows so many.
+        after: tokens of a text that the answer goes on with. Without them a first token loses the space that it may begin with.
+        """
         self._tokenizer = tokenizer
         self._hidden = _special_ids(tokenizer).difference(shown_ids) if shown_ids else None
         """Tokens that are no part of the text. None: all special ones."""
         self._stop = tuple(filter(None, stop))
-        self._ids: list[int] = []
-        self._start = self._decoded = 0
+        self._ids: list[int] = list(after[-MAX_HELD_TOKENS:])
+        self._unstopped = len(self._ids) + min_tokens
+        self._start, self._decoded = 0, len(self._ids)
         """Tokens from `_start` on are decoded together, because their text can depend on the ones before; those up to `_decoded`
         are published."""
         self._held = ""
@@ -62,15 +75,22 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._hidden is None) if ids else ""
 
     def _give(self, text: str, *, final: bool) -> str:
-        ends = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        stops = self._stop if len(self._ids) > self._unstopped else ()
+        ends = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
         if ends:
             at, self.stopped = min(ends, key=lambda end: (end[0], -len(end[1])))
             self._held, given = "", text[:at]
         else:
-            keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
+            keep = 0 if final else max((_overlap(text, stop) for stop in stops), default=0)
             self._held, given = text[len(text) - keep :], text[: len(text) - keep]
         self.text += given
         return given
+
+
+def text_of(tokenizer: Any, request: Request, prompt_ids: Sequence[int]) -> TextStream:
+    """Of an engine's answer."""
+    sampling, after = request.sampling, prompt_ids if request.goes_on else ()
+    return TextStream(tokenizer, sampling.stop, sampling.shown_ids, min_tokens=sampling.min_new_tokens, after=after)
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

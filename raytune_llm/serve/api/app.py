@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from raytune_llm.errors import UserError
-from raytune_llm.serve.api.errors import APIError, api_error, broken, invalid
+from raytune_llm.serve.api.errors import RESPONSES, APIError, api_error, broken, invalid
 from raytune_llm.serve.api.generation import Generation
 from raytune_llm.serve.api.inputs import Inputs
 from raytune_llm.serve.api.metrics import Metrics
@@ -21,7 +21,6 @@ from raytune_llm.serve.api.server import Access, Server
 from raytune_llm.serve.backend import Backend
 from raytune_llm.serve.prompts import Prompts
 
-log = logging.getLogger("raytune_llm.serve")
 FIELD = re.compile(r"(?!(str|int|float|bool)$)[a-z_][a-z0-9_]*|[0-9]+")
 """Parts of a place in a body, but not the names of types by which pydantic tells a union's forms apart."""
 
@@ -32,7 +31,7 @@ def build_app(backend: Backend, prompts: Prompts, access: Access) -> FastAPI:
     metrics = Metrics(backend.facts.name)
     server = Server(backend=backend, prompts=prompts, access=access, metrics=metrics)
     for endpoints in (Models(server), Generation(server), Inputs(server), Health(server)):
-        app.include_router(endpoints.routes())
+        app.include_router(endpoints.routes(), responses=RESPONSES)
     _install_errors(app, metrics, backend.facts.name)
     app.add_middleware(BodySizeLimit, max_body_bytes=access.max_body_bytes)
     app.add_middleware(RequestId)
@@ -48,7 +47,7 @@ class Health:
     def routes(self) -> APIRouter:
         router = APIRouter()
         router.get("/health")(self.health)
-        router.get("/metrics")(self.show_metrics)
+        router.get("/metrics", response_class=PlainTextResponse)(self.show_metrics)
         return router
 
     async def health(self) -> dict[str, str]:
@@ -90,11 +89,6 @@ def _install_errors(app: FastAPI, metrics: Metrics, model: str) -> None:
     async def of_http(request: Request, error: HTTPException) -> Response:
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return await of_api(request, APIError(error.status_code, str(error.detail), code=kind, headers=error.headers))
-
-    @app.exception_handler(Exception)
-    async def of_ours(request: Request, error: Exception) -> Response:
-        log.exception("a request failed")
-        return APIError(500, "The server failed to answer; its log says why", type="server_error").response()
 
 
 def _is_json(content_type: str) -> bool:

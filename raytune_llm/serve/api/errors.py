@@ -6,9 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from raytune_llm.errors import ResourceError, UserError
 from raytune_llm.serve.backend import RETRY_AFTER_S, Overloaded
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorObject
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request can't be answered"},
+    "5XX": {"model": ErrorBody, "description": "The server or its engine failed"},
+}
+"""What the API's description says of errors."""
 
 
 class APIError(Exception):

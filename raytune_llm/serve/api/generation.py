@@ -20,6 +20,7 @@ from raytune_llm.serve.api.sampling import after_thought, forced_tool_grammar, g
 from raytune_llm.serve.api.schema import ChatRequest, CompletionRequest, NamedTool
 from raytune_llm.serve.api.server import Server, headers_of
 from raytune_llm.serve.api.streams import LatencyTimer, before_disconnect, events, merged, with_first
+from raytune_llm.serve.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Generation:
 
     def routes(self) -> APIRouter:
         router = APIRouter(dependencies=[Depends(self.server.user)])
-        router.post("/v1/chat/completions", response_model=None)(self.chat_completions)
-        router.post("/v1/completions", response_model=None)(self.completions)
+        may_stream: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+        router.post("/v1/chat/completions", response_model=None, responses=may_stream)(self.chat_completions)
+        router.post("/v1/completions", response_model=None, responses=may_stream)(self.completions)
         return router
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
@@ -38,7 +40,7 @@ class Generation:
         prompts, facts = self.server.prompts, self.server.backend.facts
         settings = dict(body.chat_template_kwargs or {})
         forced = _forced_tools(body)
-        body.ignored = sorted([*body.ignored, *_without_effect(body, can_think=prompts.thinking_can_be_set)])
+        body.ignored = sorted([*body.ignored, *_without_effect(body, prompts)])
         if body.reasoning_effort is not None:
             settings.setdefault("enable_thinking", body.reasoning_effort != "none")
         tools = None if body.tool_choice == "none" else body.tools
@@ -59,16 +61,16 @@ class Generation:
             prompt_tokens=len(ids),
             max_length=facts.max_length,
             vocabulary=len(prompts.tokenizer),
-            shown_ids=prompts.special_ids(syntax.words),
+            shown_ids=prompts.special_ids((*syntax.words, *(body.stop or ()))),
         )
         response = ChatResponse(body, prompts.token_bytes, syntax, created=int(time.time()))
-        return await self._respond(request, body, [ids], adapter, sampling, response)
+        return await self._respond(request, body, [ids], adapter, sampling, response, goes_on=False)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self.server.check_generates()
         adapter = await self.server.adapter_of(body.model)
         prompts = self.server.prompts
-        ids = await self.server.ids_of(body.prompts)
+        ids = await self.server.ids_of(body.prompts, "prompt")
         sampling = sampling_of(
             body,
             limit=body.max_tokens or 16,
@@ -77,6 +79,7 @@ class Generation:
             prompt_tokens=max(map(len, ids)),
             max_length=self.server.backend.facts.max_length,
             vocabulary=len(prompts.tokenizer),
+            shown_ids=prompts.special_ids(body.stop or ()),
         )
         of_prompts = None
         if body.echo and body.logprobs is not None:
@@ -90,7 +93,7 @@ class Generation:
             prompts=ids,
             prompt_logprobs=of_prompts,
         )
-        return await self._respond(request, body, ids, adapter, sampling, response)
+        return await self._respond(request, body, ids, adapter, sampling, response, goes_on=True)
 
     async def _respond(
         self,
@@ -100,12 +103,14 @@ class Generation:
         adapter: str | None,
         sampling: Sampling,
         response: ChatResponse | CompletionResponse,
+        *,
+        goes_on: bool,
     ) -> Response:
-        """Generate body.n answers to each prompt, and send them at once or as a stream of events."""
+        """Generate body.n answers to each prompt, and send them at once or as a stream of events. goes_on: with its text."""
         began, backend = time.monotonic(), self.server.backend
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
         requests = [
-            EngineRequest(prompt_ids=ids, adapter=adapter, sampling=replace(sampling, seed=seed + n))
+            EngineRequest(prompt_ids=ids, adapter=adapter, sampling=replace(sampling, seed=seed + n), goes_on=goes_on)
             for ids in prompts
             for n in range(body.n or 1)
         ]
@@ -129,13 +134,15 @@ class Generation:
         return JSONResponse(response.full(collected), headers=headers)
 
 
-def _without_effect(body: ChatRequest, *, can_think: bool) -> list[str]:
+def _without_effect(body: ChatRequest, prompts: Prompts) -> list[str]:
     """The given fields that change nothing beside the others, or with this chat template."""
+    forced, can_think = bool(_forced_tools(body)), prompts.thinking_can_be_set
     given = {
         "reasoning_effort": body.reasoning_effort is not None and not can_think,
         "chat_template_kwargs.enable_thinking": "enable_thinking" in (body.chat_template_kwargs or {}) and not can_think,
-        "response_format": body.response_format is not None and bool(_forced_tools(body)),
-        "structured_outputs": body.structured_outputs is not None and bool(_forced_tools(body)),
+        "response_format": body.response_format is not None and forced,
+        "structured_outputs": body.structured_outputs is not None and forced,
+        "tools": bool(body.tools) and not forced and body.tool_choice != "none" and not prompts.tools_are_told,
     }
     return [name for name, is_ignored in given.items() if is_ignored]
 

@@ -34,7 +34,7 @@ class Inputs:
         hidden_size = self.server.backend.facts.hidden_size
         if body.dimensions not in (None, hidden_size):
             raise invalid(f"dimensions must be {hidden_size}, the model's hidden size", "dimensions")
-        inputs = await self.server.ids_of(body.inputs)
+        inputs = await self.server.ids_of(body.inputs, "input")
         self.server.check_fits(inputs)
         vectors = await before_disconnect(request, self.server.backend.pooled(inputs, body.pooling, adapter))
         encoded = _as_base64 if body.encoding_format == "base64" else lambda vector: vector
@@ -48,7 +48,7 @@ class Inputs:
         if body.messages is not None:
             inputs = [await self.server.prompts.ids(self.server.prompts.chat_text(body.messages, None, {}, ends=True))]
         else:
-            inputs = await self.server.ids_of([body.input] if isinstance(body.input, str) else body.input or [])
+            inputs = await self.server.ids_of([body.input] if isinstance(body.input, str) else body.input or [], "input")
         self.server.check_fits(inputs)
         values = await before_disconnect(request, self.server.backend.pooled(inputs, "score", adapter))
         data = [{"object": "score", "index": n, "score": value[0]} for n, value in enumerate(values)]
@@ -66,14 +66,15 @@ class Inputs:
         adds_start = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
         ids = await prompts.plain_ids(text) if adds_start else unmarked
         text = prompts.exact_text(ids[: len(ids) - len(unmarked)]) + text
-        strings = [prompts.exact_text([id]) for id in ids] if body.return_token_strs else None
+        strings = [prompts.token_bytes.text(id) for id in ids] if body.return_token_strs else None
         max_length = self.server.backend.facts.max_length
         tokenized = {"count": len(ids), "max_model_len": max_length, "tokens": ids, "token_strs": strings, "prompt": text}
         return json_response(tokenized, body.ignored)
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:
         await self.server.adapter_of(body.model)
-        return json_response({"prompt": self.server.prompts.exact_text(self.server.known_ids(body.tokens))}, body.ignored)
+        ids = self.server.known_ids(body.tokens, "tokens")
+        return json_response({"prompt": self.server.prompts.exact_text(ids)}, body.ignored)
 
 
 def _listed(data: Sequence[Any], model: str, inputs: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class BodySizeLimit:
 
 
 class RequestId:
-    """Gives each request an id, from its header x-request-id or a new one. The id is in the response header and in the log."""
+    """Gives each request an id, from its header x-request-id or a new one. The id is in the response header and in the log.
+    What fails without an answer is answered here, with the id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -73,6 +74,12 @@ class RequestId:
 
         try:
             await self._app(scope, receive, named)
+        except Exception:
+            log.exception("%s failed", name)
+            if not status:
+                await APIError(500, "The server failed to answer; its log says why", type="server_error").response()(
+                    scope, receive, named
+                )
         finally:
             path = quote(scope["path"])  # a line break in it would begin a line of its own
             log.info("%s %s %s %d %.0f ms", name, scope["method"], path, status, 1000 * (time.monotonic() - began))

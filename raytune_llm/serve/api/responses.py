@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_llm.engines.requests import Completion, Delta, TokenLogprob
+from raytune_llm.serve.answer_parser import OutputPart
 from raytune_llm.serve.api.schema import ChatRequest, CompletionRequest
-from raytune_llm.serve.call_parser import OutputPart
 from raytune_llm.serve.output_parser import OutputSyntax, parser_of
 from raytune_llm.serve.token_bytes import TextOffsets, TokenBytes
 
@@ -66,7 +66,7 @@ class ChatResponse:
         self._parsers = [parser_of(syntax, names) for _ in range(body.n or 1)]
         self._begun = [False] * (body.n or 1)
         self._calls = [0] * (body.n or 1)
-        """Tool calls streamed so far, per choice."""
+        """Tool calls so far, per choice."""
 
     def full(self, collected: Collected) -> dict[str, Any]:
         choices = [self._choice(index, completion) for index, completion in enumerate(collected.all())]
@@ -86,8 +86,8 @@ class ChatResponse:
             yield chunk({"role": "assistant", "content": ""})
         parts = self._parts(index, delta.text, final=delta.completion is not None)
         logprobs = self._logprobs(delta.logprobs)
-        for part in parts:
-            yield chunk(self._chunk_delta(index, part), logprobs=logprobs)
+        for part, call in parts:
+            yield chunk(_chunk_delta(part, call), logprobs=logprobs)
             logprobs = None  # only in the first chunk
         if logprobs is not None and (delta.completion is None or delta.logprobs):
             yield chunk({}, logprobs=logprobs)
@@ -99,7 +99,7 @@ class ChatResponse:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": counts}
 
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
-        parts = self._parts(index, completion.text, final=True)
+        parts = [part for part, _ in self._parts(index, completion.text, final=True)]
         content = "".join(part.text for part in parts if part.kind == "content")
         reasoning = "".join(part.text for part in parts if part.kind == "reasoning")
         calls = _calls(parts)
@@ -113,21 +113,20 @@ class ChatResponse:
             "finish_reason": self._finish(index, completion),
         }
 
-    def _parts(self, index: int, text: str, *, final: bool) -> list[OutputPart]:
+    def _parts(self, index: int, text: str, *, final: bool) -> list[tuple[OutputPart, int]]:
+        """Each with the number of the newest call."""
         parser = self._parsers[index]
         parts = parser.push(text) if text else []
-        return [*parts, *parser.finish()] if final else parts
-
-    def _chunk_delta(self, index: int, part: OutputPart) -> dict[str, Any]:
-        if part.kind == "call":
-            self._calls[index] += 1
-            return {"tool_calls": [{"index": self._calls[index] - 1, **_call(part)}]}
-        if part.kind == "arguments":
-            return {"tool_calls": [{"index": self._calls[index] - 1, "function": {"arguments": part.text}}]}
-        return {"reasoning_content" if part.kind == "reasoning" else "content": part.text}
+        kept: list[tuple[OutputPart, int]] = []
+        for part in [*parts, *parser.finish()] if final else parts:
+            self._calls[index] += part.kind == "call"
+            of_later_call = self._calls[index] > 1 and part.kind in ("call", "arguments")
+            if self._body.parallel_tool_calls is not False or not of_later_call:
+                kept.append((part, self._calls[index] - 1))
+        return kept
 
     def _finish(self, index: int, completion: Completion) -> str:
-        called = self._parsers[index].calls and completion.finish == "stop"
+        called = self._calls[index] and completion.finish == "stop"
         return "tool_calls" if called else _finish_reason(completion)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -166,7 +165,8 @@ class CompletionResponse:
             "model": body.model,
         }
         self._begun: set[int] = set()
-        self._offsets = [TextOffsets(tokens) for _ in range(len(prompts) * (body.n or 1))]
+        goes_on = prompt_logprobs is None
+        self._offsets = [TextOffsets(tokens, goes_on=goes_on) for _ in range(len(prompts) * (body.n or 1))]
 
     def full(self, collected: Collected) -> dict[str, Any]:
         completions = collected.all()
@@ -188,7 +188,8 @@ class CompletionResponse:
     def _echo(self, index: int) -> str:
         if not self._body.echo:
             return ""
-        return self._tokenizer.decode(list(self._prompts[index // (self._body.n or 1)]), skip_special_tokens=True)
+        given = self._body.prompts[index // (self._body.n or 1)]
+        return given if isinstance(given, str) else self._tokenizer.decode(given, skip_special_tokens=True)
 
     def _choice(
         self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish: str | None, *, first: bool
@@ -204,24 +205,40 @@ class CompletionResponse:
         tokens: list[int] = []
         values: list[float | None] = []
         top: list[dict[str, float] | None] = []
+        shown: Sequence[int] = ()  # places of the prompt's tokens, where it was given as a text
         if first and self._prompt_logprobs is not None:
             number = index // (self._body.n or 1)
-            tokens, values, top = [self._prompts[number][0]], [None], [None]  # it follows nothing
+            ids, given = self._prompts[number], self._body.prompts[number]
+            tokens, values, top = [ids[0]], [None], [None]  # it follows nothing
             logprobs = [*self._prompt_logprobs[number], *logprobs]
+            if isinstance(given, str):
+                shown = range(0 if given.startswith(self._tokens.text(ids[0])) else 1, len(ids))  # without one put before it
         for one in logprobs:
             tokens.append(one.token)
             values.append(one.logprob)
-            top.append({self._tokens.text(token): value for token, value in one.top})
+            top.append({self._tokens.text(token): value for token, value in (*one.top, (one.token, one.logprob))})
         return {
             "tokens": [self._tokens.text(token) for token in tokens],
             "token_logprobs": values,
             "top_logprobs": top,
-            "text_offset": [self._offsets[index].place(token) for token in tokens],
+            "text_offset": [self._offsets[index].place(token, is_shown=at in shown) for at, token in enumerate(tokens)],
         }
 
 
 def _finish_reason(completion: Completion) -> str:
     return "length" if completion.finish == "length" else "stop"
+
+
+def _chunk_delta(part: OutputPart, call: int) -> dict[str, Any]:
+    match part.kind:
+        case "call":
+            return {"tool_calls": [{"index": call, **_call(part)}]}
+        case "arguments":
+            return {"tool_calls": [{"index": call, "function": {"arguments": part.text}}]}
+        case "reasoning":
+            return {"reasoning_content": part.text}
+        case "content":
+            return {"content": part.text}
 
 
 def _call(part: OutputPart) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def sampling_of(
         logit_bias=tuple(bias),
         stop=tuple(body.stop or ()),
         shown_ids=tuple(shown_ids),
-        ignore_end=body.ignore_eos,
+        ignore_end=bool(body.ignore_eos),
         logprobs=logprobs,
         grammar=grammar,
     )
@@ -103,6 +103,8 @@ def after_thought(grammar: Grammar, begin: str, end: str) -> Grammar:
             answer = {"type": "regex", "pattern": grammar.text}
         case "ebnf":
             answer = {"type": "grammar", "grammar": grammar.text}
+        case "structural_tag":
+            answer = json.loads(grammar.text)["format"]
         case _:
             raise AssertionError(f"{grammar.kind} is no grammar of whole answers")
     thought = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": end}
@@ -115,20 +117,15 @@ def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:
     """The grammar of a call of one of the tools, with arguments that match its schema: {"name": ..., "arguments": {...}}."""
     calls: list[dict[str, Any]] = [
         {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or NO_ARGUMENTS,
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
+            "type": "tag",
+            "begin": f'{{"name": {json.dumps(tool.function.name)}, "arguments": ',
+            # A schema of its own, so that references in it find what they name.
+            "content": {"type": "json_schema", "json_schema": _parameters(tool.function)},
+            "end": "}",
         }
         for tool in tools
     ]
-    try:
-        return Grammar(kind="json_schema", text=schema_text(json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})))
-    except ValueError as error:
-        raise invalid(str(error), "tools") from None
+    return _tagged(calls[0] if len(calls) == 1 else {"type": "or", "elements": calls})
 
 
 def strict_tools_grammar(tools: Sequence[Tool], tool_format: str | None) -> Grammar | None:
@@ -152,11 +149,7 @@ def strict_tools_grammar(tools: Sequence[Tool], tool_format: str | None) -> Gram
         }
         for tool in tools
     ]
-    tag = {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": [word], "tags": tags}}
-    try:
-        return Grammar(kind="structural_tag", text=schema_text(json.dumps(tag)))
-    except ValueError as error:
-        raise invalid(str(error), "tools") from None
+    return _tagged({"type": "triggered_tags", "triggers": [word], "tags": tags})
 
 
 STRICT_CALLS: dict[str | None, tuple[str, str, str, str]] = {
@@ -168,9 +161,18 @@ arguments, and xgrammar's name for how they are written."""
 
 
 def _arguments_schema(function: FunctionDeclaration) -> dict[str, Any]:
-    if not function.strict:
-        return {"type": "object"}
-    return function.parameters or NO_ARGUMENTS
+    return _parameters(function) if function.strict else {"type": "object"}
+
+
+def _parameters(function: FunctionDeclaration) -> dict[str, Any]:
+    return {"type": "object", **function.parameters} if function.parameters else NO_ARGUMENTS
+
+
+def _tagged(format: dict[str, Any]) -> Grammar:
+    try:
+        return Grammar(kind="structural_tag", text=schema_text({"type": "structural_tag", "format": format}))
+    except ValueError as error:
+        raise invalid(str(error), "tools") from None
 
 
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}

@@ -1,7 +1,7 @@
 """The request bodies of the API, as pydantic models.
 
 Fields that OpenAI's API doesn't have are vLLM's, under vLLM's names. A field in IGNORED has no effect here and is listed in the
-response header `x-ignored-fields`; any other unknown field is rejected.
+response header `x-ignored-fields`; any other unknown field is rejected, and so is a value of another type: a number in a string.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 MAX_MESSAGES = 1024
 MAX_CHOICES = 16
@@ -19,6 +20,8 @@ MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 64
+MAX_ANSWERS = 256
+"""Of a request: prompts times n. More would never find room beside those of others."""
 MAX_INPUTS = 256
 MAX_DECODED_TOKENS = 262_144
 MAX_SCHEMA_BYTES = 65_536
@@ -30,21 +33,25 @@ IGNORED = {
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_options",
     "prompt_cache_retention",
     "verbosity",
     "add_generation_prompt",
-    "parallel_tool_calls",
     "lora_int_id",
 }
 """Fields that are accepted and have no effect."""
 
 
-class Body(BaseModel):
+class Part(BaseModel):
+    """The base of all objects in requests."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Body(Part):
     """The base of request bodies. `ignored`: names of given fields that have no effect."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    ignored: list[str] = Field(default_factory=list)
+    ignored: SkipJsonSchema[list[str]] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -64,17 +71,13 @@ class RequestBody(Body):
     model: str = Field(min_length=1, max_length=512)
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    include_usage: bool = False
-    include_obfuscation: bool = False
+class StreamOptions(Part):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
     """Accepted, but chunks are never padded."""
 
 
-class JSONSchema(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
+class JSONSchema(Part):
     name: str = Field(max_length=256)
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
@@ -82,9 +85,7 @@ class JSONSchema(BaseModel):
     """Answers are of the schema either way."""
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ResponseFormat(Part):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
@@ -95,10 +96,8 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Part):
     """vLLM's structured_outputs, of which exactly one field must be given."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     json_: dict[str, Any] | str | None = Field(alias="json", default=None)
     regex: str | None = None
@@ -126,14 +125,14 @@ class GenerationBody(RequestBody):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     min_tokens: int | None = Field(default=None, ge=0)
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Stops | None = None
@@ -145,12 +144,12 @@ class GenerationBody(RequestBody):
     def _options_have_a_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options may be given with stream=true only")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            self.ignored = sorted([*self.ignored, "stream_options.include_obfuscation"])
         return self
 
 
-class FunctionDeclaration(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class FunctionDeclaration(Part):
     name: str = Field(pattern=r"^[\w.-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -158,44 +157,32 @@ class FunctionDeclaration(BaseModel):
     """Arguments are of `parameters`, also where the model may answer with text. They always are where a call is required."""
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Tool(Part):
     type: Literal["function"]
     function: FunctionDeclaration
 
 
-class NamedFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class NamedFunction(Part):
     name: str
 
 
-class NamedTool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class NamedTool(Part):
     type: Literal["function"]
     function: NamedFunction
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class CalledFunction(Part):
     name: str
     arguments: str
 
 
-class Called(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Called(Part):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(Part):
     type: Literal["text"]
     text: str
 
@@ -203,9 +190,7 @@ class TextPart(BaseModel):
 Content = str | Annotated[list[TextPart], Field(max_length=256)]
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ChatMessage(Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
@@ -220,7 +205,7 @@ class ChatMessage(BaseModel):
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal is None)):
+        if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role {self.role} must have content")
         return self
 
@@ -240,10 +225,14 @@ class ChatRequest(GenerationBody):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=32)
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    parallel_tool_calls: bool | None = None
+    """False: calls after an answer's first one are left out."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     @model_validator(mode="after")
     def _fit_together(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens can't both be given")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
@@ -264,8 +253,8 @@ Prompt = str | list[int] | list[str] | list[list[int]]
 
 class CompletionRequest(GenerationBody):
     prompt: Prompt
-    echo: bool = False
-    best_of: Literal[1] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
     suffix: None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -280,6 +269,10 @@ class CompletionRequest(GenerationBody):
         prompts = self.prompts
         if not prompts or len(prompts) > MAX_PROMPTS or not all(prompts):
             raise ValueError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, none of them empty")
+        if len(prompts) * (self.n or 1) > MAX_ANSWERS:
+            raise ValueError(f"prompt and n must ask for at most {MAX_ANSWERS} answers")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of must be n, since all answers are returned")
         return self
 
 
@@ -333,6 +326,8 @@ class TokenizeRequest(RequestBody):
     def _is_one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("exactly one of prompt and messages must be given")
+        if self.messages is None and (self.tools or self.chat_template_kwargs):
+            raise ValueError("tools and chat_template_kwargs need messages")
         return self
 
 
@@ -353,9 +348,7 @@ class UnloadAdapter(Body):
     lora_name: str
 
 
-class PinAdapter(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class PinAdapter(Part):
     pinned: bool
 
 

@@ -7,15 +7,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from raytune_llm.serve.api.errors import APIError, invalid, unauthorized, unknown_model
 from raytune_llm.serve.api.metrics import Metrics
 from raytune_llm.serve.backend import Backend
 from raytune_llm.serve.prompts import Prompts
+
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+"""The key in the header `Authorization: Bearer KEY`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +46,20 @@ class Server:
     created: int = field(default_factory=lambda: int(time.time()))
     """Start of the server, in seconds since 1970."""
 
-    def user(self, request: Request) -> None:
+    def user(self, bearer: Bearer) -> None:
         """Raises APIError unless the request has an API key, where one is required."""
         keys = (self.access.api_key, self.access.admin_key)
-        if self.access.api_key is not None and not any(_same(_bearer(request), key) for key in keys):
+        if self.access.api_key is not None and not any(_same(bearer, key) for key in keys):
             raise unauthorized()
 
-    def admin(self, request: Request) -> None:
+    def admin(self, bearer: Bearer) -> None:
         """Raises APIError unless the request may change adapters."""
         access = self.access
         if access.admin_key is None and access.api_key is None:
             return
         if access.admin_key is None:
             raise APIError(403, "Adapters can't be changed: the server has no admin key", code="no_admin_key")
-        if not _same(_bearer(request), access.admin_key):
+        if not _same(bearer, access.admin_key):
             raise unauthorized()
 
     async def adapter_of(self, model: str) -> str | None:
@@ -71,14 +75,15 @@ class Server:
         if self.backend.facts.scores:
             raise invalid("This is a reward model, which can't generate: use /v1/score", "model")
 
-    async def ids_of(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Token ids of prompts that are plain texts or token ids. Raises APIError for ids that the model does not have."""
-        return [await self.prompts.plain_ids(one) if isinstance(one, str) else self.known_ids(one) for one in prompts]
+    async def ids_of(self, prompts: Sequence[str | list[int]], field: str) -> list[list[int]]:
+        """Token ids of prompts that are plain texts or token ids. Raises APIError, which names the field, for ids that the model
+        does not have."""
+        return [await self.prompts.plain_ids(one) if isinstance(one, str) else self.known_ids(one, field) for one in prompts]
 
-    def known_ids(self, ids: list[int]) -> list[int]:
+    def known_ids(self, ids: list[int], field: str) -> list[int]:
         vocabulary = len(self.prompts.tokenizer)
-        if not all(0 <= id < vocabulary for id in ids):
-            raise invalid(f"Token ids must be from 0 to {vocabulary - 1}", "prompt")
+        if min(ids, default=0) < 0 or max(ids, default=0) >= vocabulary:
+            raise invalid(f"Token ids must be from 0 to {vocabulary - 1}", field)
         return ids
 
     def check_fits(self, inputs: Sequence[Sequence[int]]) -> None:
@@ -99,11 +104,7 @@ def json_response(body: dict[str, Any], ignored: Sequence[str]) -> JSONResponse:
     return JSONResponse(body, headers=headers_of(ignored))
 
 
-def _bearer(request: Request) -> str:
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    return key if scheme.lower() == "bearer" else ""
-
-
-def _same(given: str, key: str | None) -> bool:
-    """Compares in constant time, which reveals nothing about the key."""
-    return key is not None and hmac.compare_digest(given.encode(), key.encode())
+def _same(bearer: HTTPAuthorizationCredentials | None, key: str | None) -> bool:
+    """Compares in constant time, which reveals nothing about the key. Headers are bytes, which Starlette reads as Latin-1."""
+    given = b"" if bearer is None else bearer.credentials.encode("latin-1")
+    return key is not None and hmac.compare_digest(given, key.encode())

@@ -87,17 +87,22 @@ async def events(
             timer.observe(index, delta)
             usage.add(delta)
             for chunk in response.chunks(index, delta, usage=None if not include_usage else "later"):
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                yield _event(chunk)
         if include_usage:
-            yield f"data: {json.dumps(response.usage_chunk(usage))}\n\n"
+            yield _event(response.usage_chunk(usage))
         yield "data: [DONE]\n\n"
     except UserError as error:
-        yield f"data: {json.dumps(api_error(error).body)}\n\n"
+        yield _event(api_error(error).body)
     except Exception as error:
         log.exception("a stream failed")
-        yield f"data: {json.dumps(broken(f'The engine failed: {type(error).__name__}').body)}\n\n"
+        yield _event(broken(f"The engine failed: {type(error).__name__}").body)
     finally:
         await rest.aclose()  # type: ignore[attr-defined]
+
+
+def _event(data: dict[str, Any]) -> str:
+    """In ASCII: some clients take other characters for line breaks, such as U+2028."""
+    return f"data: {json.dumps(data)}\n\n"
 
 
 async def before_disconnect(request: Request, work: Awaitable[Any]) -> Any:
@@ -116,5 +121,6 @@ async def before_disconnect(request: Request, work: Awaitable[Any]) -> Any:
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.05)
+    """Its body was read, so that no other message is left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -140,11 +140,32 @@ def test_an_echoed_prompt_has_its_log_probabilities(server: Server, stream: bool
         )
         assert "".join(choice.text for choice in told).startswith(prompt)
         assert len(tokens) == len(values) == len(top) == len(places) == len(ids) + 2
-        assert values[0] is None and top[0] is None and all(len(one) == 2 for one in top[1:])
+        assert values[0] is None and top[0] is None and all(len(one) in (2, 3) for one in top[1:])
+        assert all(one[token] == value for one, token, value in zip(top[1:], tokens[1:], values[1:], strict=True))
         assert values[1:-2] == pytest.approx([logprob_of(ids[:at], ids[at], weights=1) for at in range(1, len(ids))])
         assert all(value <= max(one.values()) for one, value in zip(top[1:], values[1:], strict=True))
         assert tokens[: len(ids)] == (["a", "b", "c"] if prompt == "abc" else ["bytes:\\xc3", "bytes:\\xa9", "!"])
         assert places[: len(ids)] == ([0, 1, 2] if prompt == "abc" else [0, 0, 1])
+
+
+def test_an_echo_is_the_text_that_was_given_with_its_special_tokens(server: Server):
+    prompt = "<|im_start|>user\nhé<|im_end|>\n"
+    asked = {"model": "base", "prompt": prompt, "max_tokens": 2, "temperature": 0, "echo": True, "logprobs": 0}
+    choice = post(server, "/v1/completions", asked).json()["choices"][0]
+    told = choice["logprobs"]
+    assert choice["text"].startswith(prompt)
+    for token, place in list(zip(told["tokens"], told["text_offset"], strict=True))[:-2]:
+        assert token.startswith("bytes:") or prompt[place:].startswith(token)
+    chosen = zip(told["tokens"], told["token_logprobs"], strict=True)
+    assert told["top_logprobs"] == [value and {token: value} for token, value in chosen]
+
+
+def test_a_stop_string_may_be_a_special_token(server: Server):
+    start = byte_tokenizer().convert_tokens_to_ids("<|im_start|>")
+    for min_tokens in (0, 3):
+        asked = {"stop": ["<|im_start|>"], "logit_bias": {str(start): 100}, "max_tokens": 5, "min_tokens": min_tokens}
+        choice = chat(server, **asked).json()["choices"][0]
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "<|im_start|>" * min_tokens)
 
 
 def logprob_of(before: list[int], token: int, weights: int) -> float:
@@ -176,6 +197,13 @@ def test_a_json_schema_is_kept(server: Server):
         if choice.finish_reason == "stop":
             said = json.loads(choice.message.content or "")
             assert isinstance(said["on"], bool) and 0 <= said["level"] <= 9
+
+
+def test_an_answer_that_its_grammar_leads_nowhere_is_an_error(server: Server):
+    grammar = 'root ::= "a" more\nmore ::= more'
+    response = chat(server, structured_outputs={"grammar": grammar}, max_tokens=20)
+    assert response.status_code == 400 and "no token is left" in error_of(response)["message"]
+    assert chat(server).status_code == 200
 
 
 def test_a_choice_and_a_regex_are_kept(server: Server):
@@ -215,13 +243,34 @@ def test_a_required_tool_is_called(server: Server):
         ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}), ("tool_choice", "required"),
         ("stream_options", {"include_usage": True}), ("nonsense", 1), ("seed", "x"), ("min_tokens", 9), ("ignored", ["x"]),
         ("structured_outputs", {"regex": "["}), ("structured_outputs", {"json": {}, "regex": "a"}),
-        ("chat_template_kwargs", {"evil": 1}), ("messages", [{"role": "user"}]),
+        ("chat_template_kwargs", {"evil": 1}), ("messages", [{"role": "user"}]), ("temperature", "0.5"), ("temperature", True),
+        ("max_tokens", "5"), ("max_tokens", 5.0), ("n", True), ("stream", "yes"), ("logprobs", 1), ("ignore_eos", "true"),
+        ("top_k", 2**31), ("top_k", 10**400), ("logit_bias", {"1": "1"}), ("stop", [1]), ("max_completion_tokens", 6),
+        ("messages", [{"role": "user", "content": 5}]), ("parallel_tool_calls", "no"), ("structured_outputs", {"json_": {}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema_": {}}}),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_400_with_an_error_object(server: Server, field: str, value: object):
     response = chat(server, **{field: value})
     assert response.status_code == 400, response.text
     assert error_of(response)["type"] == "invalid_request_error"
+    assert chat(server).status_code == 200
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "logit_bias"])
+def test_what_is_no_number_is_400(server: Server, field: str, number: str):
+    value = f'{{"1": {number}}}' if field == "logit_bias" else number
+    response = sent(server, "/v1/chat/completions", f'{{{ASKED % "x"}, "{field}": {value}}}')
+    assert response.status_code == 400 and field in str(error_of(response)["param"])
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 1e-300}, {"top_k": 2**31 - 1}, {"best_of": 2, "n": 2}, {"echo": None}])
+def test_whatever_is_allowed_is_answered(server: Server, fields: dict):
+    asked = {"model": "base", "prompt": "ab", "max_tokens": 2, **fields}
+    assert post(server, "/v1/completions", asked).status_code == 200
+    assert post(server, "/v1/completions", {**asked, "best_of": 3}).status_code == 400
+    assert post(server, "/v1/completions", {**asked, "n": 16, "prompt": ["ab"] * 17, "best_of": None}).status_code == 400
 
 
 def sent(server: Server, path: str, body: str, type: str = "application/json") -> httpx.Response:
@@ -310,6 +359,9 @@ def test_fields_that_change_nothing_beside_others_or_with_this_template_are_name
     tool = {"type": "function", "function": {"name": "light"}}
     forced = chat(server, tools=[tool], tool_choice="required", max_tokens=60, response_format={"type": "json_object"})
     assert forced.headers["x-ignored-fields"] == "response_format"
+    assert "x-ignored-fields" not in chat(server, tools=[tool], tool_choice="none").headers
+    padded = chat(server, tools=[tool], stream=True, stream_options={"include_obfuscation": True})
+    assert padded.headers["x-ignored-fields"] == "stream_options.include_obfuscation, tools"
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
         assert post(server, path, {"model": "base", "user": "me", **body}).headers["x-ignored-fields"] == "user"
 
@@ -320,6 +372,28 @@ def test_vllm_s_numbers_of_adapters_are_ignored_by_name(server: Server):
         response = post(server, path, body, ADMIN)
         assert response.status_code == 200 and response.headers["x-ignored-fields"] == "lora_int_id"
         body.pop("lora_path", None)  # unloading has none
+
+
+def test_what_fails_here_is_an_error_object_with_the_id_of_its_request(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    class Fails(Prompts):
+        def exact_text(self, ids: Any) -> str:
+            raise RuntimeError("by accident")
+
+    with serving(tmp_path, byte_tokenizer(), prompts=Fails(byte_tokenizer())) as server:
+        body = {"model": "base", "tokens": [97]}
+        response = post(server, "/detokenize", body, **{"x-request-id": "mine"})
+        assert response.status_code == 500 and error_of(response)["type"] == "server_error"
+        assert response.headers["x-request-id"] == "mine"
+        assert "mine failed" in caplog.text and "by accident" in caplog.text
+
+
+def test_the_api_s_description_names_keys_errors_and_all_fields(server: Server):
+    described = httpx.get(f"{server.url}/openapi.json").json()
+    asked = described["paths"]["/v1/chat/completions"]["post"]
+    assert asked["security"] == [{"HTTPBearer": []}]
+    assert {"200", "4XX", "5XX"} == set(asked["responses"]) and "text/event-stream" in asked["responses"]["200"]["content"]
+    fields = described["components"]["schemas"]["ChatRequest"]["properties"]
+    assert "ignored" not in fields and "parallel_tool_calls" in fields
 
 
 def test_a_prompt_that_is_too_long_is_400(server: Server):

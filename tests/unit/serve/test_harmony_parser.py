@@ -75,7 +75,6 @@ def test_parts_are_told_as_they_come():
     pieces = ("<|channel|>commentary to=functions.light", '<|message|>{"a', '": 1}', "<|ca", "ll|>")
     told = [[(part.kind, part.text) for part in parser.push(piece)] for piece in pieces]
     assert told == [[], [("call", "light"), ("arguments", '{"a')], [("arguments", '": 1}')], [], []]
-    assert parser.calls == 1
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

@@ -12,7 +12,8 @@ from raytune_llm.data.templates.named import load, names
 from raytune_llm.data.templates.tool_calls import EXTRACTORS, render_calls
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.native.text import TextStream
-from raytune_llm.serve.call_parser import CALL_SYNTAXES, CallSyntax, OutputPart, call_syntax_of
+from raytune_llm.serve.answer_parser import OutputPart
+from raytune_llm.serve.call_parser import CALL_SYNTAXES, CallSyntax, call_syntax_of
 from raytune_llm.serve.output_parser import OutputParser, OutputSyntax
 from raytune_llm.serve.prompts import Prompts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,49 @@ def test_what_does_not_fit_is_said_once_and_tried_again_when_it_changed(engine: 
     finished(tmp_path, "mine", 3)
     watcher.scan()
     assert asked(engine, "mine") == answer([5], 3, 4)
+
+
+def test_a_config_that_is_written_after_the_weights_is_a_new_version(engine: NativeEngine, tmp_path: Path):
+    """PEFT writes it last."""
+    watcher = Watcher(tmp_path, engine, base_name="base")
+    final = finished(tmp_path, "mine", 1)
+    versions = []
+    for config in ("{", '{"r": 8}', '{"r": 8}'):
+        (final / "adapter_config.json").write_text(config)
+        watcher.scan()
+        versions += [one.version for one in engine.adapters()]
+    assert versions[0] != versions[1] == versions[2]
+
+
+def test_a_folder_that_is_being_replaced_stays(engine: NativeEngine, tmp_path: Path):
+    watcher = Watcher(tmp_path, engine, base_name="base")
+    final = finished(tmp_path, "mine", 1)
+    watcher.scan()
+    aside = final.rename(tmp_path / "mine" / ".final-old")
+    ended: list[str] = []
+    thread = threading.Thread(target=lambda: (time.sleep(0.01), aside.rename(final)))
+    engine.remove_adapter = ended.append  # type: ignore[method-assign]
+    thread.start()
+    watcher.scan()
+    thread.join()
+    assert not ended and asked(engine, "mine") == answer([5], 1, 4)
+
+
+def test_a_run_takes_no_name_of_another_adapter_in_the_settings(engine: NativeEngine, tmp_path: Path):
+    told: list[str] = []
+    folders = {"mine": str(adapter_folder(tmp_path / "elsewhere", 1)), "own": str(tmp_path / "outputs" / "own" / "final")}
+    for name, folder in (("mine", folders["mine"]), ("own", str(finished(tmp_path / "outputs", "own", 2)))):
+        engine.add_adapter(name, folder)
+    watcher = Watcher(tmp_path / "outputs", engine, base_name="base", adapters=folders, notify=told.append)
+    for weights in (3, 4):
+        for run in folders:
+            finished(tmp_path / "outputs", run, weights)
+        watcher.scan()
+        assert (asked(engine, "mine"), asked(engine, "own")) == (answer([5], 1, 4), answer([5], weights, 4))
+    assert any("mine is not served: a run's name must not be that of another adapter" in line for line in told)
+    shutil.rmtree(tmp_path / "outputs" / "mine")
+    watcher.scan()
+    assert asked(engine, "mine") == answer([5], 1, 4)
 
 
 def test_what_was_unloaded_meanwhile_may_go(engine: NativeEngine, tmp_path: Path):
@@ -192,6 +236,17 @@ def test_the_newest_checkpoint_of_a_run_is_its_adapter(trained: Path, tmp_path: 
     assert not first.exists()
     watcher.stop()
     assert not engine.held["mine@2"].exists()
+
+
+def test_a_checkpoint_outside_of_the_folder_is_not_served(trained: Path, tmp_path: Path):
+    told: list[str] = []
+    (tmp_path / "watched").mkdir()
+    (tmp_path / "watched" / "link").symlink_to(trained)
+    engine = Folders()
+    watcher = Watcher(tmp_path / "watched", engine, base_name="base", notify=told.append)
+    watcher.scan()
+    assert engine.held == {} and sum("must be inside a folder" in line for line in told) == 2
+    watcher.stop()
 
 
 class Runs:

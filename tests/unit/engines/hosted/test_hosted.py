@@ -203,6 +203,12 @@ def test_what_no_package_computes_is_refused_by_its_name(engine: HostedEngine, t
         engine.add_adapter("a", adapter(tmp_path / "a", 1, **{field: value}))
 
 
+@pytest.mark.parametrize(("field", "value"), [("rank_pattern", {"q": "x"}), ("rank_pattern", ["q"]), ("r", float("inf"))])
+def test_a_config_whose_ranks_are_no_numbers_is_refused(engine: HostedEngine, tmp_path: Path, field: str, value: Any):
+    with pytest.raises(ConfigError, match=r"must hold an adapter_config\.json of PEFT's"):
+        engine.add_adapter("a", adapter(tmp_path / "a", 1, **{field: value}))
+
+
 @pytest.mark.parametrize(("field", "value"), [("use_rslora", True), ("rank_pattern", {"q": 4}), ("alpha_pattern", {"q": 4})])
 def test_what_sglang_would_read_past_is_refused_by_its_name(
     engine: HostedEngine, package: str, tmp_path: Path, field: str, value: Any

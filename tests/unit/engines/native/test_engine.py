@@ -242,6 +242,18 @@ def test_a_prompt_that_leaves_no_room_is_refused(engine_of):
     assert (len(completion.ids), completion.finish) == (2, "length")
 
 
+def test_a_token_that_the_model_lacks_is_refused_and_the_engine_goes_on(engine_of):
+    engine = engine_of(ToyRunner(), end_ids=[END, V + 5])  # a tokenizer may have more tokens than the model
+    for prompt, bias in (([V], ()), ([-1], ()), ([1], ((V, 1.0),))):
+        with pytest.raises(ConfigError, match=rf"token ids must be from 0 to {V - 1}"):
+            engine.submit(Request(prompt_ids=prompt, sampling=Sampling(logit_bias=bias)))
+    for wrong in (lambda: engine.pooled([[1], [V]], "mean"), lambda: engine.answer_logprobs([[1]], [[V]])):
+        with pytest.raises(ConfigError, match="token ids"):
+            wrong()
+    longest = Sampling(max_new_tokens=4, min_new_tokens=4)
+    assert len(engine.submit(Request(prompt_ids=[5], sampling=longest)).result().ids) == 4
+
+
 def test_whoever_waits_is_told_when_the_engine_breaks(engine_of):
     runner = ToyRunner()
     engine = engine_of(runner)

@@ -32,6 +32,21 @@ def test_without_temperature_the_likeliest_token_is_taken():
     assert torch.equal(sample(values.clone(), [row()] * 3), values.argmax(1))
 
 
+def test_a_temperature_near_zero_takes_the_likeliest_token():
+    values = 50 * logits(3)
+    assert torch.equal(sample(values.clone(), [row(temperature=t) for t in (1e-300, 1e-40, 1e-6)]), values.argmax(1))
+
+
+def test_a_top_k_beyond_the_vocabulary_and_any_number_leaves_all_tokens():
+    values = logits(1)
+    assert sample(values.clone(), [row(temperature=1.0, top_k=10**400)]) == sample(values.clone(), [row(temperature=1.0)])
+
+
+def test_no_more_likely_tokens_are_told_than_there_are():
+    (told,) = logprobs(logits(1), torch.tensor([0]), V + 10)
+    assert len(told.top) == V
+
+
 def test_draws_follow_the_probabilities():
     values = logits(1)[0]
     expected = torch.softmax(values / 0.7, 0)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from raytune_llm.engines.native.text import TextStream
 
@@ -54,3 +58,19 @@ def test_a_character_is_told_with_its_last_byte(character: str):
     pieces, _ = streamed(character)
     assert pieces[:-2] == [""] * (len(character.encode()) - 1)
     assert pieces[-2] == character
+
+
+def test_stop_strings_in_the_first_tokens_that_an_answer_must_have_do_not_end_it():
+    stream = TextStream(Bytes(), ["ab"], min_tokens=3)
+    assert [stream.push(byte) for byte in b"abababc"][:4] == ["a", "b", "a", "b"]  # its second "ab" begins in them
+    assert stream.stopped == "ab" and stream.text == "abab"
+
+
+def test_an_answer_that_goes_on_with_a_text_keeps_the_space_that_it_begins_with():
+    words = ["<unk>", "▁The", "▁fox", "▁ran"]
+    backend = Tokenizer(models.BPE(vocab={word: id for id, word in enumerate(words)}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    goes_on, begins = TextStream(tokenizer, after=[1]), TextStream(tokenizer)
+    assert [goes_on.push(2), goes_on.push(3), goes_on.text] == [" fox", " ran", " fox ran"]
+    assert [begins.push(2), begins.push(3)] == ["fox", " ran"]
