@@ -1,7 +1,7 @@
-"""Which adapters another package's engine supports, by their config, before the package loads them.
+"""Which adapters another package's engine supports, decided from adapter_config.json before the package loads them.
 
-Packages refuse some of what they don't compute when they load an adapter, and read past the rest. Here all of it is refused, by
-the name that adapter_config.json has for it.
+When a package loads an adapter, it refuses some unsupported fields and silently ignores others. Here all of them are refused,
+with the name of the field.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from raytune_llm.models.score_head import refuse_separate_head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-"""`init_lora_weights` that leave the base as it is. Others (PiSSA, OLoRA, CorDA, LoftQ) change it when PEFT loads the adapter."""
+"""Values of `init_lora_weights` that don't change the base. Others (PiSSA, OLoRA, CorDA, LoftQ) do when PEFT loads the
+adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,18 +26,18 @@ class AdapterLimits:
     """The adapters that one package supports."""
 
     package: str
-    """By its own name, and as a module."""
+    """Its name for messages, and its Python module."""
     module: str
     max_rank: int
     lacks: frozenset[str] = field(default=frozenset())
     """Keys of UNCOMPUTED that the package does not support."""
 
     def check(self, folder: str | Path, setting: str) -> int:
-        """Gives its rank. Raises ConfigError, which names the setting, for a folder whose adapter the package can't compute."""
+        """The adapter's rank. Raises ConfigError, which names the setting, if the package can't compute the folder's adapter."""
         refuse_separate_head(folder, setting)
         config = _read(Path(folder), setting)
         if found := self.uncomputed(config):
-            rule = f"must be an adapter that {self.package} computes; {found[0]} it doesn't"
+            rule = f"must be an adapter that {self.package} supports; it doesn't support {found[0]}"
             raise ConfigError(setting, rule, got=_shown(config.get(found[0])), fix="Set engine=native or engine=hf.")
         rank = largest_rank(config)
         if rank > self.max_rank:
@@ -45,12 +46,12 @@ class AdapterLimits:
         return rank
 
     def uncomputed(self, config: Mapping[str, Any]) -> list[str]:
-        """Fields of an adapter_config.json that ask for what the package doesn't compute."""
+        """The fields of an adapter_config.json that the package does not support."""
         return [name for name, what in UNCOMPUTED.items() if name in self.lacks and what(config)]
 
 
 def largest_rank(config: Mapping[str, Any]) -> int:
-    """Of the layers of a LoRA adapter."""
+    """The largest rank among the layers of a LoRA adapter."""
     return max([int(config["r"]), *(int(one) for one in (config.get("rank_pattern") or {}).values())])
 
 
@@ -72,7 +73,7 @@ UNCOMPUTED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "use_bdlora": lambda config: bool(config.get("use_bdlora")),
     "use_qalora": lambda config: bool(config.get("use_qalora")),
 }
-"""Fields of adapter_config.json -> whether a config asks for what a package may not compute."""
+"""Field of adapter_config.json -> whether a config uses it for something that a package may not support."""
 
 
 def _changes_the_base(start: Any) -> bool:

@@ -1,9 +1,9 @@
-"""Work for torch on a CPU in a thread that ends with it.
+"""Running CPU work of torch in a temporary thread.
 
-OpenMP keeps a team of threads for every thread that ever computed in parallel. While all teams together are no more than the
-cores, a team that has nothing to do waits awake for a moment; beyond that, its threads sleep after each operation, and to wake
-them costs more than most operations of a decoding step: with a second team, a step took twice as long (SmolLM2, two cores). So
-what a server computes beside its engine's own thread (loading a model, reading an adapter) must leave no team behind.
+OpenMP keeps a team of worker threads for every thread that ever computed in parallel. As long as all teams together have no more
+threads than there are cores, idle workers spin for a moment. Beyond that, they sleep after each operation, and waking them takes
+longer than most operations of a decoding step: with a second team, a step took twice as long (SmolLM2, two cores). So whatever a
+server computes outside of its engine's thread (loading a model, reading an adapter) must not leave a team behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def apart(work: Callable[[], T]) -> T:
-    """What it gives, or raises."""
+    """Run `work` in a thread that ends with it, and return or raise its result."""
     done: Future[T] = Future()
 
     def run() -> None:

@@ -1,7 +1,7 @@
-"""Batch generation in the calling thread: for evaluation, and for samples during training.
+"""Batch generation in the calling thread, for evaluation and for samples during training.
 
-The engine's own steps, without its thread: its policy may be spread over workers, who then must take each step together, and is
-trained on when the answers are there.
+It runs the native engine's steps without its thread. The policy may be sharded over workers, which must then run each step
+together, and training continues once the answers are complete.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from raytune_llm.models.load import positions
 BLOCK_SIZE = 16
 MAX_ROWS = 32
 CACHED_TOKENS = 4096
-"""Of the cache over which given answers are scored."""
+"""The size, in tokens, of the cache for scoring given answers."""
 STEP_TOKENS = 2048
 """Maximum tokens of a step: prompts are computed in chunks."""
 
 
 class BatchEngine:
-    """A policy's answers, with the adapter that is in use. When `generate` returns, its mode is as before, and nothing was drawn
-    from torch's generators."""
+    """Generates answers with the policy and its active adapter. `generate` restores the policy's train or eval mode, and draws
+    nothing from torch's global generators."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class BatchEngine:
         max_rows: int = MAX_ROWS,
         runner: Callable[..., PolicyRunner] = PolicyRunner,
     ) -> None:
-        """stop_ids end an answer, beside the tokens that the generation config and the tokenizer name. max_rows are computed at
-        once."""
+        """stop_ids: tokens that end an answer, in addition to those of the generation config and the tokenizer. max_rows: the
+        number of answers that are generated concurrently."""
         self._policy, self._tokenizer, self._device, self._max_rows, self._runner = policy, tokenizer, device, max_rows, runner
         self._end_ids = sorted({*stop_ids, *end_ids(policy.base, tokenizer)})
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in the order of the requests."""
+        """One completion per request, in their order."""
         lengths = sorted((len(request.prompt_ids) + request.sampling.max_new_tokens for request in requests), reverse=True)
         blocks = sum(-(-length // BLOCK_SIZE) for length in lengths[: self._max_rows])
         runner = self._runner(self._policy, num_blocks=blocks, block_size=BLOCK_SIZE, device=self._device)
@@ -72,9 +72,10 @@ class BatchEngine:
     def answer_logprobs(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, share_prefixes: bool = False
     ) -> list[list[ScoredToken]]:
-        """How likely each token of an answer is after its prompt and the answer's tokens before it, all in one pass.
+        """The log-probability of each token of each answer, given the prompt and the answer's earlier tokens.
 
-        share_prefixes: what prompts begin with alike is computed once, in passes of at most CACHED_TOKENS or one text.
+        share_prefixes: common beginnings of prompts are computed once, in passes of at most CACHED_TOKENS tokens or one text. If
+        false, everything is computed in one pass.
         """
         texts = texts_of(prompts, answers, "", BLOCK_SIZE) if share_prefixes else []
         num_blocks = -(-max([CACHED_TOKENS, *(len(text.ids) for text in texts)]) // BLOCK_SIZE) if texts else 1

@@ -1,4 +1,4 @@
-"""The protocol of engines: requests in, tokens out, adapters loaded and unloaded while it runs."""
+"""The interface of engines: requests in, tokens out. Adapters can be loaded and unloaded while an engine runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from raytune_llm.engines.requests import Completion, Request, ScoredToken, Strea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterState:
-    """One name that requests may use."""
+    """An adapter that requests may name."""
 
     name: str
     version: str
     """The digest of its weights and config."""
     rank: int
     residency: str
-    """device: its weights are there; host: they are copied to the device between two steps; disk: they are read first."""
+    """Where its weights are. From `host` they are copied to the device between two steps; from `disk` they are read first."""
     pinned: bool
     in_use: int
     """Running requests with this version."""
@@ -33,13 +33,13 @@ class Stats:
     running: int
     waiting: int
     waiting_by_reason: Mapping[str, int]
-    """adapter: for a slot; weights: for the adapter's weights to be read; cache: for free blocks; rows: for one of the batch's
-    rows, or for its turn."""
+    """The number of waiting requests by what they wait for. adapter: a slot; weights: the adapter's weights, which are being
+    read; cache: free blocks; rows: a place in the batch, or their turn."""
     cache_used: float
     """The fraction of the KV cache's blocks in use."""
     prefix_hits: int
     prefix_queries: int
-    """Tokens of prompts that the prefix cache held, and tokens of prompts."""
+    """The number of prompt tokens found in the prefix cache, and of all prompt tokens."""
     generated_tokens: int
     prompt_tokens: int
     preemptions: int
@@ -49,19 +49,19 @@ class Stats:
     last_step_at: float
     """time.monotonic() of the loop's last heartbeat."""
     adapter_slots: int = 0
-    """Adapters that can be on the device at once. 0: unknown, or the engine takes none."""
+    """The number of adapters that fit the device at once; 0: unknown, or adapters are not supported."""
     waiting_adapters: tuple[str, ...] = ()
-    """Adapters of waiting requests, where adapter_slots is known."""
+    """The adapters of waiting requests; empty if adapter_slots is 0."""
     failure: str | None = None
-    """Why the engine answers no more. None: it runs."""
+    """Why the engine has stopped for good; None: it runs."""
 
 
 class Engine(Protocol):
-    """A thread of its own owns the policy. All methods may be called from any thread."""
+    """Generates answers in its own thread, which owns the policy. All methods may be called from any thread."""
 
     @property
     def max_rows(self) -> int:
-        """Answers that are generated at once."""
+        """The number of answers that are generated concurrently."""
         ...
 
     @property
@@ -74,8 +74,8 @@ class Engine(Protocol):
         ...
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
-        """A vector for each prompt: the `mean` of the last hidden states, the `last` token's, or a reward model's `score`.
-        Computed in passes of about a step's tokens, between the steps of others. The future may be cancelled."""
+        """A vector for each prompt: the `mean` of the last layer's hidden states, the `last` token's state, or a reward model's
+        `score`. Computed in passes of about a step's tokens, between the steps of other requests. The future may be cancelled."""
         ...
 
     def answer_logprobs(
@@ -87,35 +87,36 @@ class Engine(Protocol):
         share_prefixes: bool = False,
         top: int = 0,
     ) -> Future[list[list[ScoredToken]]]:
-        """For each answer its tokens, scored after its prompt, which has at least one token. Computed as by `pooled`.
+        """The tokens of each answer with their log-probabilities after the prompt, which has at least one token.
 
-        share_prefixes: with a prefix cache, over the cache: what prompts begin with alike is computed once, and the last digits
-        depend on what was computed before. top: how many of the likeliest tokens are returned beside each; not with
-        share_prefixes.
+        Scheduled like `pooled`. share_prefixes: use the prefix cache, if there is one, to compute common beginnings of prompts
+        once. The last digits then depend on what was computed before. top: the number of likeliest tokens to return for each
+        token; can't be combined with share_prefixes.
         """
         ...
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
-        """Read and check an adapter, so that requests can name it. Returns its version. If the name exists already, it gets a new
-        version; running requests finish on the old one. pinned: see `pin`. Raises ConfigError or DataError for an adapter that
-        doesn't fit, and changes nothing then."""
+        """Read and check an adapter, so that requests can name it. Returns its version.
+
+        If the name exists, it gets a new version, and running requests finish with the old one. pinned: see `pin`. Raises
+        ConfigError or DataError for an adapter that doesn't fit; nothing changes then."""
         ...
 
     def remove_adapter(self, name: str) -> None:
-        """Running requests finish with it. Raises ConfigError if no adapter has the name; so does `pin`."""
+        """Remove the adapter; running requests finish with it. Raises ConfigError if no adapter has the name."""
         ...
 
     def has_adapter(self, name: str) -> bool:
-        """Whether requests can name it. Quick, since it is called for each request."""
+        """Whether requests can name it. Fast, since it is called for each request."""
         ...
 
     def adapters(self) -> Sequence[AdapterState]:
-        """Those that requests can name."""
+        """The adapters that requests can name."""
         ...
 
     def pin(self, name: str, pinned: bool) -> None:
-        """Whether the adapter stays on the device when others need its place. Raises ConfigError where no place would be left
-        for others. The name keeps its pin when it gets a new version."""
+        """Set whether the adapter stays on the device when others need its slot; new versions of the name stay pinned. Raises
+        ConfigError if no adapter has the name, or if no slot would be left for others."""
         ...
 
     def stats(self) -> Stats: ...
@@ -126,6 +127,6 @@ class Engine(Protocol):
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> list[Completion]:
-    """One completion a request, in the order of the requests."""
+    """One completion per request, in their order. Blocks until all are complete."""
     streams = [engine.submit(request) for request in requests]
     return [stream.result() for stream in streams]

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness (Gao et al.): that package asks and scores, an engine of ours answers.
+"""Tasks of lm-evaluation-harness (Gao et al.): that package asks and scores, and one of our engines answers.
 
-Texts become tokens as by that package's `hf` class, and prompts that are too long lose their beginning as there, so that the same
-model gets the same scores by both.
+Texts are tokenized, and long prompts truncated on the left, as in that package's `hf` class, so that a model gets the same scores
+with both.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from raytune_llm.errors import ConfigError, DataError, UserError, first_line
 
 PACKAGE = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 256
-"""Of an answer, where a task doesn't say."""
+"""The default length of an answer, for tasks that don't set one."""
 SAMPLED_BY = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
-"""What a task may say of how an answer is drawn."""
+"""The sampling options that a task may set."""
 MEANINGLESS = {"do_sample": (True, False), "num_beams": (1,), "use_cache": (True, False), "num_return_sequences": (1,)}
-"""What a task may say that changes nothing here, with these values."""
+"""Options of a task that have no effect here -> the values that are accepted for them."""
 YAML = (".yaml", ".yml")
 BOOTSTRAP_SAMPLES = 100_000
-"""Of standard errors that no formula gives; the package's own number."""
+"""The number of bootstrap samples for standard errors without a formula; the package's default."""
 
 
 class TaskScore(NamedTuple):
     value: float
     stderr: float | None
-    """The standard error of the value, where it is known."""
+    """The standard error of the value; None if unknown."""
     higher_is_better: bool | None
-    """None: the task doesn't say."""
+    """Whether higher values are better; None: the task doesn't say."""
 
 
 def load_tasks(names: Sequence[str], setting: str) -> dict[str, list[Any]]:
-    """What was asked for -> the package's tasks or groups. Raises ConfigError, naming the setting, for what is none."""
+    """Name or path -> the package's tasks or groups. Raises ConfigError, which names the setting, for a name without a task."""
     folders = [name for name in names if _is_folder(name)]
     if missing := [name for name in (*folders, *filter(_is_file, names)) if not Path(name).exists()]:
-        raise ConfigError(setting, "must hold files and folders that are there", got=missing[0])
-    only_files = all(_is_folder(name) or _is_file(name) for name in names)  # to look at its own tasks takes seconds
+        raise ConfigError(setting, "must name files and folders that exist", got=missing[0])
+    only_files = all(_is_folder(name) or _is_file(name) for name in names)  # indexing the package's tasks takes seconds
     manager = TaskManager(include_path=[Path(folder) for folder in folders] or None, include_defaults=not only_files)
     found: dict[str, list[Any]] = {}
     for name in names:
         if _is_folder(name):
             own = TaskManager(include_path=name, include_defaults=False).all_subtasks
             if not own:
-                raise ConfigError(setting, "must hold folders with the YAML files of tasks", got=name)
+                raise ConfigError(setting, "must name folders that have YAML files of tasks", got=name)
             found |= {task: _loaded(manager, task, setting) for task in own}
         else:
             found[name] = _loaded(manager, name, setting)
@@ -78,19 +78,19 @@ def _loaded(manager: TaskManager, name: str, setting: str) -> list[Any]:
     if not _is_file(name) and name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks)
         fix = f"For example, {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
-        raise ConfigError(setting, "must hold tasks of lm-evaluation-harness", got=name, fix=fix)
+        raise ConfigError(setting, "must name tasks of lm-evaluation-harness", got=name, fix=fix)
     try:
         loaded: Any = manager.load([name])
-    except Exception as error:  # a task runs code of its own, and reads its data from anywhere
-        rule = f"must hold tasks that can be read, with their data ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    except Exception as error:  # a task runs its own code, and may read its data from anywhere
+        rule = f"must name tasks that load with their data ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         raise ConfigError(setting, rule, got=name) from None
     if not loaded["tasks"]:
-        raise ConfigError(setting, "must hold files with a task", got=name)
+        raise ConfigError(setting, "must name files with a task", got=name)
     return [*loaded["groups"].values()] or list(loaded["tasks"].values())
 
 
 def leaves_of(tasks: Sequence[Any]) -> list[Any]:
-    """The tasks of groups, and those that are in none."""
+    """The single tasks, including those of groups."""
     return [leaf for one in tasks for leaf in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
 
 
@@ -99,7 +99,7 @@ def questions_of(tasks: Sequence[Any], most: int | None) -> int:
 
 
 def data_of(tasks: Sequence[Any]) -> list[Path]:
-    """Files and folders of this machine that tasks read their rows from, as far as their settings name them."""
+    """The local files and folders from which tasks read their rows, as far as their YAML names them."""
     settings = [(leaf.config.dataset_path, leaf.config.dataset_kwargs or {}) for leaf in leaves_of(tasks)]
     named = chain.from_iterable(_texts([path, more.get("data_files"), more.get("data_dir")]) for path, more in settings)
     return [Path(found) for name in dict.fromkeys(named) for found in sorted(glob(name, recursive=True))]
@@ -126,21 +126,21 @@ def run_tasks(
     run_unsafe_code: bool = False,
     stderrs: bool = True,
 ) -> dict[str, Any]:
-    """The package's results; empty in processes whose LOCAL_RANK is not 0, to which the package gives none. Nothing is drawn from
-    Python's, numpy's or torch's own generators that is not given back.
+    """The package's results; empty if LOCAL_RANK is not 0, since the package returns none there. The states of the global
+    generators of Python, numpy and torch are restored.
 
-    shots: None is what a task says. max_questions: of each task.
+    shots: the number of examples; None: each task's own. max_questions: the limit for each task.
     """
     state = random.getstate()
     try:
-        evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
+        evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its signature
         results = evaluate(
             lm,
             tasks=[one for found in tasks for one in found],
-            task_manager=TaskManager(include_defaults=False),  # the package would look for all of its own again
+            task_manager=TaskManager(include_defaults=False),  # otherwise the package indexes all its tasks again
             num_fewshot=shots,
             limit=max_questions,
-            bootstrap_iters=BOOTSTRAP_SAMPLES if stderrs else 0,  # of some scores they take processes of their own
+            bootstrap_iters=BOOTSTRAP_SAMPLES if stderrs else 0,  # bootstrapping some scores starts processes
             system_instruction=system,
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=fewshot_as_multiturn,
@@ -163,13 +163,13 @@ def run_tasks(
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised below an engine of ours, not by the package or by a task's own code."""
+    """Whether the error was raised by our engine, and not by the package or a task's own code."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one called the package
     return any(Path(frame.filename).is_relative_to(PACKAGE) for frame in frames)
 
 
 def scores_of(results: Mapping[str, Any]) -> dict[str, dict[str, TaskScore]]:
-    """Of each task and group: `acc`, or `exact_match/strict-match` of a filter."""
+    """Task or group -> metric -> score. A metric is named `acc`, or with its filter `exact_match/strict-match`."""
     found: dict[str, dict[str, TaskScore]] = {}
     for task, numbers in {**results["results"], **results.get("groups", {})}.items():
         for key, value in numbers.items():
@@ -185,7 +185,7 @@ def scores_of(results: Mapping[str, Any]) -> dict[str, dict[str, TaskScore]]:
 
 
 class EngineLM(TemplateLM):
-    """The package's interface to a model, over an engine, or several."""
+    """The package's model interface, implemented with one or several engines."""
 
     def __init__(
         self, answer: Answering, tokenizer: Any, adapter: str | None, progress: Callable[[int], None] = lambda more: None
@@ -194,7 +194,7 @@ class EngineLM(TemplateLM):
         self.tokenizer = tokenizer
         self._answer, self._adapter, self._progress = answer, adapter, progress
         self._docs: list[tuple[str | None, int]] = []
-        """Of the requests that are being answered: task and number of the question."""
+        """(task, question number) of the requests that are being answered."""
         self._docs_answered: set[tuple[str | None, int]] = set()
 
     @property
@@ -203,7 +203,7 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What comes before a text that has nothing before it."""
+        """The token before a text that has no context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -234,7 +234,7 @@ class EngineLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in nats, in windows as long as the model can read."""
+        """The log-likelihoods of whole texts, in nats, computed in windows of the model's maximum length."""
         self._docs, windows, owners = [], [], []
         for number, request in enumerate(requests):
             (text,) = cast(Any, request.args)
@@ -251,13 +251,13 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """requests: (texts, ids before, ids of the continuation). Gives its log-likelihood in nats, and whether it is what greedy
-        decoding would have said."""
+        """requests: (texts, ids of the context, ids of the continuation). Returns, for each continuation, its log-likelihood in
+        nats and whether greedy decoding would generate it."""
         questions = []
         for (_, text), before, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 fix = "Change the task, or ask a model of more positions."
-                raise DataError("the tasks", f"hold a continuation of {len(continuation)} tokens: {text[:200]!r}", fix)
+                raise DataError("the tasks", f"have a continuation of {len(continuation)} tokens: {text[:200]!r}", fix)
             room = self.max_length + 1 - len(continuation)
             questions.append(Question(tuple(before[-room:]), tuple(continuation), self._adapter, None, shares_prefix=True))
         return [(sum(one.logprobs), one.likeliest) for one in self._answered(questions)]
@@ -284,15 +284,15 @@ class EngineLM(TemplateLM):
         return [self._text(one.ids, until) for one, until in zip(answers, stops, strict=True)]
 
     def _text(self, ids: Sequence[int], until: list[str]) -> str:
-        """As the `hf` class decodes: without special tokens, of which some may be named as stops."""
+        """The text of an answer, decoded like the `hf` class: without special tokens, and cut at the stop strings."""
         special = {self.tokenizer.convert_tokens_to_ids(stop) for stop in until if stop in self.tokenizer.all_special_tokens}
         ends = [place for place, token in enumerate(ids) if token in special]
         text = self.tokenizer.decode(list(ids[: ends[0]] if ends else ids), skip_special_tokens=True)
         return postprocess_generated_text(text, until, None)
 
     def _answered(self, questions: Sequence[Question]) -> list[Answered]:
-        """In their order. They are computed ordered by their tokens, so that those that begin alike follow one another, and share
-        what they begin with."""
+        """The answers, in the order of the questions. They are computed sorted by their tokens, so that questions with common
+        beginnings follow each other and share their computation."""
         order = sorted(range(len(questions)), key=lambda number: questions[number].prompt_ids)
         found: dict[int, Answered] = {}
         answers = chain.from_iterable(self._answer(in_blocks(questions[number] for number in order)))
@@ -313,10 +313,10 @@ def _doc(request: Instance) -> tuple[str | None, int]:
 
 
 def _sampling(chosen: Mapping[str, Any], stop: tuple[str, ...], max_new_tokens: int, seed: int, task: str) -> Sampling:
-    """chosen: what the task says beside its stops. Raises ConfigError for what an engine can't do."""
+    """chosen: the task's generation options other than stop strings. Raises ConfigError for an unsupported option."""
     for name, value in chosen.items():
         if name not in SAMPLED_BY and value not in MEANINGLESS.get(name, ()):
-            rule = f"can't be asked for: this engine knows {', '.join(sorted(SAMPLED_BY))}"
+            rule = f"is not supported; supported are {', '.join(sorted(SAMPLED_BY))}"
             raise ConfigError(f"generation_kwargs.{name} of {task}", rule, got=value)
     sampled = {name: chosen[name] for name in SAMPLED_BY if chosen.get(name) is not None}
     if not chosen.get("do_sample"):

@@ -1,4 +1,4 @@
-"""Text from any transformers model by its own `generate`, batch by batch: for families that have no place in a paged cache."""
+"""Batch generation with transformers' own `generate`, for models whose state does not fit the paged cache."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from raytune_llm.models.load import auto_class
 
 
 class HFEngine:
-    """Answers requests with a model that is already in memory; it may have several adapters, of which one at a time is in use.
+    """Answers requests with a model that is already in memory. It may have several adapters, of which one is active at a time.
 
-    Prompts are padded on the left, and attention must be transformers' own. The model's mode, its adapter in use and the global
-    random state are as before when `generate` returns. Answers are a function of the requests; those that share a batch change
-    each other's rounding, and where they are drawn, each other's draws.
+    Prompts are padded on the left, and attention must be transformers' own. `generate` restores the model's train or eval mode,
+    its active adapter and the global random state. Answers depend only on the requests, but requests in one batch change each
+    other's rounding and, when sampling, each other's random numbers.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class HFEngine:
         batch_size: int = 32,
         stop_ids: Sequence[int] = (),
     ) -> None:
-        """adapters: the model's, where there is an object for them. stop_ids end an answer beside those that model and tokenizer
-        name."""
+        """adapters: those of the model, if it has any. stop_ids: tokens that end an answer, in addition to those of the model and
+        the tokenizer."""
         self._adapters: Adapters = adapters or PeftAdapters(model)
         self._model: Any = self._adapters.base
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._added: set[str] = set()
-        """Adapters that are the engine's own."""
+        """The adapters that the engine has added to the model."""
         self._end_ids = tuple(dict.fromkeys([*end_ids(model, tokenizer), *stop_ids]))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end_ids[0]
 
@@ -58,7 +58,8 @@ class HFEngine:
         device: str | torch.device = "cpu",
         batch_size: int = 32,
     ) -> HFEngine:
-        """From a folder (or hub id) of a model with its tokenizer, and folders of adapters by the names that requests use."""
+        """Load a model and its tokenizer from a folder or hub id. adapters: the name that requests use -> the adapter's
+        folder."""
         model: Any = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
         engine = cls(model.to(device), AutoTokenizer.from_pretrained(path), batch_size=batch_size)
         for name, folder in (adapters or {}).items():
@@ -66,7 +67,7 @@ class HFEngine:
         return engine
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in the order of the requests."""
+        """One completion per request, in their order."""
         prompts = [self._prompt_ids(request) for request in requests]
         groups: dict[tuple[str | None, Sampling], list[int]] = defaultdict(list)
         for index in sorted(range(len(requests)), key=lambda index: len(prompts[index])):
@@ -82,7 +83,7 @@ class HFEngine:
         return [completions[index] for index in range(len(requests))]
 
     def add_adapter(self, name: str, path: str | Path) -> None:
-        """Puts the adapter that PEFT saved in the folder `path` beside the others, for requests that name it."""
+        """Load an adapter from PEFT's folder `path`, for requests that name it."""
         self._adapters.add(name, SavedAdapter(path=str(path), setting=f"the adapter {name}"))
         self._added.add(name)
 
@@ -91,7 +92,7 @@ class HFEngine:
         self._adapters.remove(name)
 
     def close(self) -> None:
-        """Takes the engine's adapters off the model and lets go of it."""
+        """Remove the engine's adapters from the model, and drop the reference to it."""
         for name in list(self._added):
             self.remove_adapter(name)
         del self._model, self._adapters
@@ -108,10 +109,10 @@ class HFEngine:
 
     @contextmanager
     def _ready(self, adapter: str | None) -> Iterator[None]:
-        """The model with the adapter of that name, in evaluation mode, running eagerly."""
+        """A context in which the adapter is active and the model in eval mode, without compiled layers."""
         was_training = self._model.training
         self._model.eval()
-        # Every decoded token is a new shape: compiled layers would be compiled again and again.
+        # Each decoded token has a new shape, for which compiled layers would be compiled again.
         eager, in_use = (
             torch.compiler.set_stance("force_eager"),
             nullcontext() if adapter is None else self._adapters.using(adapter),
@@ -122,7 +123,7 @@ class HFEngine:
         finally:
             self._model.train(was_training)
 
-    @torch.no_grad()  # not inference_mode: what it makes (a rotary table, gathered weights) can't be trained with
+    @torch.no_grad()  # not inference_mode, whose tensors (cached rotary tables, gathered weights) can't be used in training
     def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         ids_BT, mask_BT = pad_left(prompts, self._pad_id)
         device = self._model.device
@@ -140,7 +141,7 @@ class HFEngine:
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        # Whatever is not said here would be taken from the model's own generation config.
+        # Options that are not set here would be taken from the model's generation config.
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.temperature > 0,
@@ -165,7 +166,8 @@ class HFEngine:
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's, which training taught, and those of the model's generation config."""
+    """The tokens that end an answer: the tokenizer's EOS, with which the model was trained, and those of its generation
+    config."""
     named = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return tuple(dict.fromkeys([*named, *end_ids_of(model.generation_config)]))
 

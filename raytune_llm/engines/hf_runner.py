@@ -1,9 +1,8 @@
-"""A runner for models that the paged cache can't hold: transformers' own forward and cache, one row at a time.
+"""A runner for models whose state does not fit the paged cache: transformers' own forward pass and cache, one row at a time.
 
-The engine around it is the same (requests, sampling, grammars, adapters that come and go); a step computes its rows one after
-another, each with its own cache object of transformers and with its own adapter at work, so that rows of several adapters are
-answered side by side, though not in one pass. A prompt is computed whole: recurrent layers of transformers can't go on with
-several tokens.
+The engine is the native one (requests, sampling, grammars, loading of adapters). A step computes its rows one after another, each
+with its own transformers cache and its own active adapter. Rows with different adapters thus run concurrently, but not in one
+pass. A prompt is computed in one piece, since transformers' recurrent layers can't continue a state with several tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from raytune_llm.models.vocabulary import grow
 
 BLOCK_SIZE = 16
 CACHE_NAMES = ("past_key_values", "cache_params")
-"""What forward calls its cache: most models, and those of one state."""
+"""The argument of `forward` for the cache: of most models, and of state-space models."""
 
 
 def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
@@ -77,7 +76,7 @@ def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
 
 
 def _load(serving: Serving, device: torch.device) -> Any:
-    """On the meta device without weights."""
+    """The model; without weights on the meta device."""
     transformers.logging.disable_progress_bar()
     auto: Any = transformers.AutoModelForSequenceClassification if serving.scores else transformers.AutoModelForCausalLM
     model, settings = serving.model, {"dtype": serving.compute, "trust_remote_code": serving.model.trust_remote_code}
@@ -93,7 +92,7 @@ def _load(serving: Serving, device: torch.device) -> Any:
 
 
 class Copied:
-    """A copy of an adapter's files, which stays the same if they are replaced."""
+    """A copy of an adapter's files, which stays valid if the files are replaced."""
 
     def __init__(self, folder: Path) -> None:
         self._kept = tempfile.TemporaryDirectory(prefix="raytune-llm-adapter-")
@@ -105,7 +104,7 @@ class Copied:
 
 
 class HFBank:
-    """Slots as adapters of PEFT's in the model."""
+    """Implements Bank with one PEFT adapter per slot."""
 
     def __init__(self, adapters: PeftAdapters, num_slots: int) -> None:
         self.adapters, self.num_slots = adapters, num_slots
@@ -136,8 +135,8 @@ class HFRunner:
         scores: bool = False,
         new_ids: Sequence[int] = (),
     ) -> None:
-        """checked_on: of the same model without weights, on which adapters are tried. own: an adapter that is part of it.
-        new_ids: the tokens that it adds."""
+        """checked_on: the adapters of a copy of the model on the meta device, on which new adapters are checked. own: an adapter
+        that is part of the model. new_ids: the tokens that it adds."""
         grow(model, dict.fromkeys(new_ids, ()))
         self._adapters = PeftAdapters(model, scores=scores)
         if own is not None:

@@ -1,8 +1,8 @@
-"""Another package's engine (vLLM, SGLang) behind our Engine protocol.
+"""Another package's engine (vLLM, SGLang) behind our Engine interface.
 
-A `Host` wraps the package: it generates tokens and loads adapters. HostedEngine does what is common to all packages and to our
-own engine: text and stop strings from tokens, versions of adapters, cancellation, counts. It calls the host in an event loop
-that has a thread of its own.
+A `Host` wraps the package: it generates tokens and loads adapters. HostedEngine does what all packages have in common:
+detokenizing, stop strings, versions of adapters, cancellation and statistics. It calls the host in an event loop in its own
+thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class AdapterVersion:
 
     name: str
     number: int
-    """Counted from 1; unique among all versions of all adapters."""
+    """A number from 1 on, unique among all versions of all adapters."""
     digest: str
     rank: int
     files: tempfile.TemporaryDirectory[str]
@@ -54,11 +54,11 @@ class AdapterVersion:
     users: int = 0
     """Number of its requests that are running or waiting."""
     retired: bool = False
-    """It was replaced or removed: no new request uses it, and it is unloaded after the last one."""
+    """Whether it was replaced or removed. New requests don't use it, and it is unloaded after its last request."""
 
     @property
     def key(self) -> str:
-        """Its name in the package. Each version has another one, because packages key their prefix caches by it."""
+        """Its name in the package. Each version has its own, because packages use the name as a key of their prefix caches."""
         return f"{self.name}@{self.number}"
 
 
@@ -78,7 +78,7 @@ class HostRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedTokens:
-    """Tokens that were generated since the last ones."""
+    """The tokens that were generated since the previous ones."""
 
     ids: Sequence[int]
     """Including the stop token."""
@@ -129,7 +129,7 @@ class _Generation:
     host_request: HostRequest
     text: TextStream
     started: bool = False
-    """It has tokens."""
+    """Whether it has tokens."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     cached_tokens: int = 0
@@ -146,14 +146,15 @@ class HostedEngine:
         limits: AdapterLimits,
         max_rows: int,
     ) -> None:
-        """start: creates the host, and is called in the event loop that will call the host. max_rows: as the host has it."""
+        """start: creates the host; it is called in the event loop in which the host will run. max_rows: the host's limit of
+        concurrent requests."""
         check_installed(limits)
         if serving.scores or serving.adapter is not None:
-            rule = "must be native or hf for a reward model, and for an adapter that brings tokens"
+            rule = "must be native or hf for a reward model, and for an adapter with new tokens"
             raise ConfigError("engine", rule, got=limits.module)
         if serving.limit is None:
             fix = "For example, serve.max_length=8192."
-            raise ConfigError("serve.max_length", "must be given for a model that has no number of positions", got=None, fix=fix)
+            raise ConfigError("serve.max_length", "must be set for a model whose config has no maximum length", got=None, fix=fix)
         self._tokenizer, self._end_ids, self._max_length = serving.tokenizer, tuple(serving.end_ids), serving.limit
         self._limits, self.max_rows, self._num_slots = limits, max_rows, serving.max_adapters
         self._lock = threading.Lock()
@@ -188,7 +189,7 @@ class HostedEngine:
         if len(ids) + 1 > self._max_length:
             raise ConfigError("the prompt", f"must leave room for an answer within {self._max_length} tokens", got=len(ids))
         if request.sampling.among:
-            rule = f"can't be asked of {self._limits.package}"
+            rule = f"is not supported by {self._limits.package}"
             raise ConfigError("an answer of given tokens alone", rule, fix="Use engine=native or engine=hf.")
         with self._lock:
             version = None
@@ -211,7 +212,7 @@ class HostedEngine:
         return stream
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
-        rule = f"can't be given by {self._limits.package} from a model that writes answers"
+        rule = f"is not supported by {self._limits.package} for a model that generates text"
         raise ConfigError(f"the {pooling} of a text", rule, fix="Use engine=native or engine=hf.")
 
     def answer_logprobs(
@@ -223,7 +224,7 @@ class HostedEngine:
         share_prefixes: bool = False,
         top: int = 0,
     ) -> Future[list[list[ScoredToken]]]:
-        rule = f"can't be given by {self._limits.package}, which is asked for new tokens alone"
+        rule = f"are not supported with {self._limits.package}, which is only used to generate tokens"
         raise ConfigError("log-probabilities of given answers", rule, fix="Use engine=native or engine=hf.")
 
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
@@ -482,7 +483,8 @@ def check_hosted(
     served: ServedModels,
     limits: AdapterLimits,
 ) -> None:
-    """Raises ConfigError for settings that the package can't serve, and ResourceError if it is not installed. Loads nothing."""
+    """Raises ConfigError for settings that the package can't serve, and ResourceError if it is not installed. Does not load the
+    model."""
     if settings.python is None:
         check_installed(limits)
     lacking = f"with engine={limits.module}, which reads a model's own files"

@@ -119,7 +119,7 @@ def _check_answers(run: TrainRun, config: PretrainedConfig) -> None:
         raise ResourceError("train.eval_tasks needs lm_eval", "pip install 'raytune-llm[harness]'")
     for name in run.train.eval_tasks:
         if ("/" in name or name.endswith((".yaml", ".yml"))) and not Path(name).exists():
-            raise ConfigError("train.eval_tasks", "must hold files and folders that are there", got=name)
+            raise ConfigError("train.eval_tasks", "must name files and folders that exist", got=name)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Names -> versions of adapters, and which of them have their weights in host memory.
+"""The versions of adapters by name, and which of them have their weights in host memory.
 
-Adding reads and checks a folder in the caller's thread, so the engine's loop never waits for a disk. Where there are more than
-`max_host` versions, the weights of those that were not used for long leave host memory; a thread reads them again when a row
-needs them.
+`add` reads and checks a folder in the caller's thread, so that the engine's loop never waits for a disk. If there are more than
+`max_host` versions, the least recently used ones are dropped from host memory. A thread reads them again when a row needs them.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class AdapterStore:
     def __init__(
         self, read: Callable[[Path], tuple[Any, int]], *, max_host: int, num_slots: int, on_read: Callable[[], None]
     ) -> None:
-        """read: a folder's weights as the bank takes them, and their rank; raises a UserError for what doesn't fit. on_read is
-        called from another thread when weights have come. num_slots: on the device."""
+        """read: folder -> (weights in the bank's form, rank); raises UserError if they don't fit. on_read: called from another
+        thread when weights were read again. num_slots: the number of slots on the device."""
         self._read, self._max_host, self._num_slots, self._on_read = read, max_host, num_slots, on_read
         self._lock = threading.Lock()
         self._current: dict[str, Adapter] = {}
@@ -40,8 +39,8 @@ class AdapterStore:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapters")
 
     def add(self, name: str, folder: Path, *, pinned: bool) -> tuple[Adapter, Adapter | None]:
-        """The new version under this name, and the one that had it before. The same content under the same name is no new one,
-        unless it could not be read again. A name that is pinned stays so."""
+        """The name's new version, and the one that it replaces. Unchanged content keeps its version, unless that could not be
+        read again. A pinned name stays pinned."""
         stamp, version = _stamp_of(folder), digest_of(folder)
         with self._lock:
             before = self._current.get(name)
@@ -63,7 +62,7 @@ class AdapterStore:
         return adapter, before
 
     def pin(self, name: str, pinned: bool) -> None:
-        """Raises ConfigError for a name that is not there, or where others' pins leave no slot."""
+        """Set the pin. Raises ConfigError if no adapter has the name, or if no unpinned slot would be left."""
         with self._lock:
             if (adapter := self._current.get(name)) is None:
                 raise ConfigError("the adapter", "must be one that is loaded", got=name)
@@ -91,7 +90,7 @@ class AdapterStore:
             return list(self._current.values())
 
     def ready(self, adapter: Adapter) -> bool:
-        """Its weights are in host memory; if not, they are being read from now on."""
+        """Whether its weights are in host memory. If not, this starts reading them."""
         with self._lock:
             if adapter.weights is not None:
                 self._in_host.move_to_end(adapter) if adapter in self._in_host else None
@@ -119,7 +118,7 @@ class AdapterStore:
         self._on_read()
 
     def _kept(self, adapter: Adapter) -> None:
-        """Keep it in host memory, in place of the adapter that was used longest ago and is on no device."""
+        """Keep it in host memory. If that is full, drop the least recently used adapter that is not on the device."""
         self._in_host[adapter] = None
         for old in list(self._in_host):
             if len(self._in_host) <= self._max_host:
@@ -130,7 +129,7 @@ class AdapterStore:
 
 
 def _stamp_of(folder: Path) -> list[tuple[int, int, int]]:
-    """The state of its files, which changes when one is written or replaced."""
+    """Size, modification time and inode of its files, to notice that one was written or replaced."""
     try:
         found = [(folder / name).stat() for name in (WEIGHTS, CONFIG)]
     except OSError as error:

@@ -138,7 +138,7 @@ def test_all_tasks_of_a_folder_are_asked_and_the_protocol_is_named(tasks, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["evaluate.tasks=[./none/]"], "evaluate.tasks must hold files and folders"),
+        (["evaluate.tasks=[./none/]"], "evaluate.tasks must name files and folders"),
         (["evaluate.lang=zh"], "evaluate.lang"),
         (["evaluate.data=/tmp"], "evaluate.data"),
         (["evaluate.template=chatml"], "evaluate.template is for questions as a user's turns"),

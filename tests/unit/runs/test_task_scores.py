@@ -88,7 +88,7 @@ def test_a_run_stops_early_by_a_score(task, chat_rows, cache, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["train.eval_tasks=[./none.yaml]"], "train.eval_tasks must hold files and folders"),
+        (["train.eval_tasks=[./none.yaml]"], "train.eval_tasks must name files and folders"),
         (["data.eval_fraction=0"], "train.eval_tasks needs held-out rows"),
         (["train.eval_tasks=[]", "train.eval_task_questions=3"], "train.eval_task_questions is for train.eval_tasks"),
     ],
