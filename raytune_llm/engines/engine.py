@@ -20,7 +20,7 @@ class AdapterState:
     """The digest of its weights and config."""
     rank: int
     residency: str
-    """Where its weights are. From `host` they are copied to the device between two steps; from `disk` they are read first."""
+    """Where its weights are: `device`; `host`, from which they are copied to the device between two steps; or `disk`."""
     pinned: bool
     in_use: int
     """Running requests with this version."""

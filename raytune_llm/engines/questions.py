@@ -1,4 +1,4 @@
-"""Questions to an engine, an answer of its own or a given one, in blocks; and how an engine answers a block."""
+"""Questions to an engine, in blocks. A question asks for a generated answer, the scores of a given answer, or both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Question:
     sampling: Sampling | None
     """None: no answer is generated."""
     shares_prefix: bool = False
-    """Many given answers follow one text: see Engine.answer_logprobs."""
+    """Whether many given answers have common beginnings of prompts; see Engine.answer_logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Answered:
     logprobs: tuple[float, ...]
     """One per token of the given answer, in nats."""
     likeliest: bool = False
-    """Greedy decoding would have given the given answer."""
+    """Whether greedy decoding would generate the given answer."""
     refused: str | None = None
     """Why the engine refused the question."""
 
@@ -104,7 +104,7 @@ def _scored(engine: Engine, numbered: list[tuple[int, Question]]) -> dict[int, S
 
 
 def scored_together(numbered: Iterable[tuple[int, Question]]) -> Iterator[list[tuple[int, Question]]]:
-    """In their order, as many as fit one forward pass."""
+    """Groups of consecutive questions that fit one forward pass."""
     group: list[tuple[int, Question]] = []
     tokens = 0
     for number, question in numbered:

@@ -1,4 +1,4 @@
-"""What an engine takes and gives."""
+"""The requests to an engine and its results."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest where temperature is 0, else drawn by `seed`.
+    """How the next token is chosen: the likeliest one if temperature is 0, else a random one with `seed`.
 
-    The penalties are vLLM's: `repetition_penalty` divides positive and multiplies negative logits of tokens that the prompt or
-    the answer holds (Keskar et al. 2019). From the logit of a token that the answer holds, `presence_penalty` is subtracted once,
-    and `frequency_penalty` once for each time that it occurs.
+    The penalties are vLLM's. `repetition_penalty` divides positive and multiplies negative logits of tokens that occur in the
+    prompt or the answer (Keskar et al. 2019). `presence_penalty` is subtracted once from the logit of each token that occurs in
+    the answer, and `frequency_penalty` once for each occurrence.
     """
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    """The answer's end is no candidate before so many tokens, and stop strings in them don't end it."""
+    """The answer can't end before it has this many tokens, and stop strings within them are ignored."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     """0: every token is a candidate."""
     min_p: float = 0.0
-    """Candidates have at least so much of the likeliest token's probability."""
+    """Candidates have at least this fraction of the likeliest token's probability."""
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -49,13 +49,13 @@ class Sampling:
     """Only these tokens are candidates; empty: all are."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """Strings that end the answer and are no part of it."""
+    """Strings that end the answer; they are not part of it."""
     shown_ids: tuple[int, ...] = ()
     """Special tokens that are part of the text, such as those around tool calls."""
     ignore_end: bool = False
-    """Answers have max_new_tokens tokens, whatever the model says: for benchmarks."""
+    """Ignore end tokens, so that answers have exactly max_new_tokens tokens; for benchmarks."""
     logprobs: int | None = None
-    """How many of the likeliest tokens' log-probabilities are returned beside the chosen one's; None: no log-probabilities."""
+    """The number of likeliest tokens to return with log-probabilities, besides the chosen one; None: no log-probabilities."""
     grammar: Grammar | None = None
 
 
@@ -64,15 +64,15 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A prompt as token ids, or as a conversation that is rendered as in training, up to the start of the next answer."""
+    """A prompt, either as token ids, or as a conversation that is rendered as in training up to the start of the next answer."""
 
     prompt_ids: Sequence[int] = ()
     conversation: Conversation | None = None
     sampling: Sampling = GREEDY
     adapter: str | None = None
-    """None: the model as it was given to the engine."""
+    """None: no adapter."""
     goes_on: bool = False
-    """The answer's text goes on with the prompt's: a space that it begins with is kept."""
+    """Whether the answer continues the prompt's text, so that a leading space is kept."""
 
     def __post_init__(self) -> None:
         assert (len(self.prompt_ids) > 0) != (self.conversation is not None), "a request has prompt_ids or a conversation"
@@ -80,7 +80,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """A token's log-probability under the model's own logits, in nats: before temperature, penalties and grammar."""
+    """A token's log-probability in nats, under the model's logits before temperature, penalties and grammar."""
 
     token: int
     logprob: float
@@ -89,12 +89,12 @@ class TokenLogprob:
 
 
 class ScoredToken(NamedTuple):
-    """A token of an answer that was given, not made."""
+    """A token of a given answer."""
 
     logprob: float
     """The log-probability under the model's own logits, in nats."""
     likeliest: bool
-    """Whether it is what greedy decoding would have chosen here."""
+    """Whether greedy decoding would choose it here."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens here with their log-probabilities, the likeliest first, as many as were asked for."""
 
@@ -102,24 +102,24 @@ class ScoredToken(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     ids: tuple[int, ...]
-    """New tokens, without the end token."""
+    """The generated tokens, without the end token."""
     text: str
     """The text without the stop string, and without special tokens other than Sampling.shown_ids."""
     finish: Finish
     prompt_tokens: int
     cached_tokens: int = 0
-    """Tokens of the prompt that the prefix cache had."""
+    """The number of prompt tokens that were found in the prefix cache."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One a token, where they were asked for."""
+    """One per token, if requested."""
     queued_s: float | None = None
     """Seconds that the request waited before its first step. None: unknown, or it never had one."""
     adapter_version: str | None = None
-    """The digest of the adapter that made it; None: the base."""
+    """The digest of the adapter that generated it; None: no adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What a step adds to an answer. The last one has its `completion`."""
+    """The part of an answer that one step adds. The last one has the `completion`."""
 
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -127,9 +127,9 @@ class Delta:
 
 
 class Stream:
-    """The answer to one request, as it comes: an iterator of Delta for any one thread, fed by the engine's.
+    """The answer to one request as an iterator of Delta, for one thread; the engine's thread fills it.
 
-    `on_news`, where given, is called by the engine's thread whenever something can be taken (an event loop's wake-up).
+    `on_news`, if set, is called by the engine's thread whenever `take` would return something, to wake an event loop.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Stream:
         self.on_news: Callable[[], object] = lambda: None
 
     def cancel(self) -> None:
-        """Nobody waits for the rest: its row is freed before the engine's next step."""
+        """Cancel the request; its row is freed before the engine's next step."""
         self.cancelled.set()
 
     def put(self, delta: Delta) -> None:
@@ -156,7 +156,7 @@ class Stream:
         self.on_news()
 
     def take(self, timeout_s: float | None = None) -> list[Delta]:
-        """All that came since the last time; waits for something. Raises what the request failed with."""
+        """All deltas since the last call; waits for at least one. Raises the error with which the request failed."""
         with self._ready:
             self._ready.wait_for(lambda: self._deltas or self._error is not None, timeout_s)
             taken, self._deltas = self._deltas, []
@@ -172,7 +172,7 @@ class Stream:
                     return
 
     def result(self) -> Completion:
-        """The whole answer, when it is there."""
+        """The complete answer. Blocks until it is there."""
         for delta in self:
             if delta.completion is not None:
                 return delta.completion

@@ -1,11 +1,10 @@
-"""Blocks of the paged cache: who holds which, and which hold a beginning that another row has as well.
+"""The blocks of the paged cache: allocation and automatic prefix caching.
 
-A block holds the keys and values of `block_size` tokens of one row. A full block is known by a digest of its tokens, of all that
-came before them, and of the adapter that computed them. A row that begins with the same tokens under the same adapter takes the
-block over instead of computing it again (automatic prefix caching). The adapter is in the digest by its content, so a folder that
-was replaced under the same name shares nothing with what was there before.
+A block has the keys and values of `block_size` tokens. A full block is identified by a digest of its tokens, all tokens before
+them, and the adapter's content. A row that begins with the same tokens and the same adapter shares the block instead of computing
+it again. An adapter that was replaced under the same name has another digest, so it shares nothing with the old one.
 
-Blocks that nobody holds stay findable until they are needed, the least recently used first.
+Blocks that no row uses stay in the prefix cache until they are needed. The least recently used are reused first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 
 class BlockPool:
-    """Free and held blocks, by number. Not thread-safe: the engine's loop owns it."""
+    """Free and used blocks, by number. Not thread-safe: the engine's loop owns it."""
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -27,23 +26,23 @@ class BlockPool:
         self._digest_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        """The next to be given out first: blocks without content, then the least recently used."""
+        """The free blocks in the order of reuse: those without content, then the least recently used."""
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be given out, those that still hold a findable prefix among them."""
+        """The number of blocks that can be allocated, including unused ones of the prefix cache."""
         return len(self._free)
 
     @property
     def shares(self) -> bool:
-        """Prefixes can be found."""
+        """Whether the prefix cache is on."""
         return self._prefix_cache
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, number: int) -> list[int] | None:
-        """So many empty blocks, or None where there are not as many free ones."""
+        """`number` empty blocks, or None if fewer are free."""
         if number > len(self._free):
             return None
         taken = [self._free.popitem(last=False)[0] for _ in range(number)]
@@ -53,7 +52,7 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Given back by one holder. A row's last blocks are reused first: its beginning is likelier to be asked for again."""
+        """Release a row's blocks. Its last blocks will be reused first, since other requests more likely share its beginning."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, block
@@ -63,7 +62,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def cached_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """The longest run of blocks, from the first digest on, whose content is here; held by the caller from now on."""
+        """The cached blocks for the longest prefix of these digests. The caller must release them."""
         found: list[int] = []
         for digest in digests if self._prefix_cache else ():
             block = self._block_of.get(digest)
@@ -76,7 +75,7 @@ class BlockPool:
         return found
 
     def publish(self, block: int, digest: bytes) -> None:
-        """The block is full and computed: others may find it. The first block with a digest stays the one that is found."""
+        """Add a full, computed block to the prefix cache. Of several blocks with one digest, the first is used."""
         if self._prefix_cache and digest not in self._block_of and self._digest_of[block] is None:
             self._digest_of[block] = digest
             self._block_of[digest] = block

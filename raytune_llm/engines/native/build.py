@@ -1,4 +1,4 @@
-"""A model's settings -> the engine that serves it: weights, slots of adapters and cache on one device."""
+"""Builds the engine for a model: weights, adapter slots and KV cache on one device."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from raytune_llm.models.packed import Packing, pack
 from raytune_llm.models.scorer import Scorer
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-"""The default of a step's tokens: enough to keep a device busy, and no answer waits long while a prompt is computed."""
+"""The default of a step's tokens: enough to keep the device busy, few enough that a prompt does not delay answers for long."""
 CPU_CACHE_BYTES = 4 * 2**30
 CPU_ROW_TOKENS = 2048
-"""On a CPU the cache holds so many tokens of each row, and at most CPU_CACHE_BYTES."""
+"""On a CPU the cache has room for this many tokens per row, within CPU_CACHE_BYTES."""
 PACKINGS: tuple[type[Packing], ...] = (OneDNN, FewRows)
 WORKING_BYTES = 2 * 2**30
-"""GPU memory that is kept free for a step's activations."""
+"""The GPU memory reserved for a step's activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What an engine is built from, beside its own settings."""
+    """What is served: model, adapters and limits. Engines get it in addition to their own settings."""
 
     model: ModelConfig
     quantization: QuantizationConfig
@@ -58,19 +58,19 @@ class Serving:
     max_rank: int
     max_host_adapters: int
     scores: bool = False
-    """It is a reward model."""
+    """Whether it is a reward model."""
     adapter: SavedAdapter | None = None
-    """An adapter that is part of the model: a reward model's, one with tokens that the base lacks, or one that no batch mixes."""
+    """An adapter that is part of the model: a reward model's, one with new tokens, or one that can't share a batch."""
     adapter_name: str | None = None
     """Its name in requests."""
     new_ids: Sequence[int] = ()
-    """Those tokens."""
+    """The new tokens of own_adapter."""
     head: str | None = None
-    """The folder that has a reward model's score head in a file of its own."""
+    """The folder with a reward model's score head, if that is in a separate file."""
 
     @property
     def limit(self) -> int | None:
-        """Tokens of a prompt and its answer, at most; None: nothing says."""
+        """The maximum number of tokens of a prompt and its answer; None: neither the settings nor the model's config say."""
         return min(filter(None, (self.max_length, positions(self.config))), default=None)
 
 
@@ -146,7 +146,7 @@ def _captures(settings: NativeSettings, serving: Serving) -> bool:
 
 
 def _num_blocks(settings: NativeSettings, device: torch.device, bytes_a_token: int, limit: int) -> int:
-    """The number of blocks that fit the memory, at most those that all rows can fill."""
+    """The number of blocks that fit the memory, but not more than all rows can use. Raises ConfigError if none fits."""
     a_block = settings.block_size * bytes_a_token
     if settings.cache_gib is not None:
         memory = int(settings.cache_gib * 2**30)

@@ -1,12 +1,12 @@
-"""The native engine: a thread that owns the policy and answers many requests at once, each with its adapter and sampling.
+"""The native engine: a thread that owns the policy and answers many requests concurrently, each with its adapter and sampling.
 
-A step is `schedule, run, sample, publish`. Calls of other threads (requests, cancellations, adapters) run between two steps, and
-so does one pass of a request that is computed without the cache (passes.py).
-The loop follows nano-vllm's; the forward pass is `Policy.hidden`, as in training.
+A step is `schedule, run, sample, publish`. Between two steps, the thread runs calls from other threads (requests, cancellations,
+adapters), and one pass of a request that is computed without the cache (passes.py). The loop is modeled on nano-vllm; the forward
+pass is `Policy.hidden`, as in training.
 
-Where the runner can take a step's tokens from the device, the next step starts before the host has read them, so that the device
-doesn't wait for the host (vLLM's asynchronous scheduling). Until then a row holds its new token as the number of a place on the
-device. A row that turns out to have ended is computed once in vain.
+If the runner supports it, the next step starts before the host has read the last step's tokens, so that the device doesn't wait
+for the host (vLLM's asynchronous scheduling). Until then, a row's new token is a reference to its place on the device. A row that
+turns out to have ended is computed once too often.
 """
 
 from __future__ import annotations
@@ -53,32 +53,32 @@ class Runner(Protocol):
     device: torch.device
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """float32 [R, V]: logits at the last token of each piece that samples, in their order."""
+        """The logits at the last token of each piece that samples, float32 [R, V]."""
         ...
 
     @property
     def sampled(self) -> Callable[[Tensor], None] | None:
-        """Takes the tokens [R] that came of a step, where the next one finds them: rows that decode may then have a last token
-        that only the device knows, -1 minus its place among these. None: the host has to know all tokens."""
+        """A function that stores the tokens [R] sampled in a step on the device, for the next step. A decoding row may then have
+        -1 - i as its last token, for the i-th of these. None: not supported, the host must read all tokens."""
         ...
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
-        """One vector per prompt, [D], computed with the adapter in the slot; -1: the base model alone."""
+        """One vector [D] per prompt, computed with the adapter in the slot; -1: without an adapter."""
         ...
 
     def answer_logprobs(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int, *, top: int = 0
     ) -> list[list[ScoredToken]]:
-        """For each answer, the log-probability of each of its tokens after the prompt, with the adapter in the slot. top: how
-        many of the likeliest tokens are returned with each."""
+        """For each answer, its tokens with their log-probabilities, computed with the adapter in the slot. top: the number of
+        likeliest tokens to return for each token."""
         ...
 
     def scored(self, texts: Sequence[ScoredText]) -> list[ScoredToken]:
-        """The targets of all texts, in order; called where prefixes can be found."""
+        """The scored targets of all texts, in order. Only called if the prefix cache is on."""
         ...
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
-        """The weights in the bank's form, and their rank. Raises UserError for an adapter that does not fit."""
+        """(weights in the bank's form, rank). Raises UserError for an adapter that does not fit."""
         ...
 
 
@@ -119,9 +119,9 @@ class NativeEngine:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """Calls from other threads; the loop runs them between two steps."""
         self._unpublished: list[tuple[Row, int, TokenLogprob | None, Finish | None]] = []
-        """Tokens of the last step that were not published yet: row, token, its log-probability, finish reason."""
+        """Tokens that were read but not published yet: (row, token, its log-probability, finish reason)."""
         self._started: Started | None = None
-        """A step whose tokens the rows do not have yet."""
+        """The step whose tokens the host has not read yet."""
         self._store = AdapterStore(
             runner.read_adapter,
             max_host=max_host_adapters,
@@ -209,7 +209,7 @@ class NativeEngine:
         return self._between_steps(passes, version)
 
     def _between_steps(self, passes: Iterable[Pass], version: Adapter | None) -> Future[list[Any]]:
-        """The results of all passes, which are computed in the engine's thread with the adapter, or with the base alone."""
+        """The results of all passes, which the engine's thread computes with the adapter, or without one."""
         self._check_alive()
         request = Passes(iter(passes), version)
         if not request.left:
@@ -221,7 +221,7 @@ class NativeEngine:
         return request.future
 
     def _named(self, name: str | None) -> Adapter | None:
-        """None for the model as it is. Raises ConfigError for an adapter that is not there."""
+        """The adapter with this name; None: no adapter. Raises ConfigError for an unknown name."""
         if name is None or name == self._own_adapter:
             return None
         if (adapter := self._store.get(name)) is None:
@@ -231,8 +231,8 @@ class NativeEngine:
     def add_adapter(self, name: str, folder: str | Path, *, pinned: bool = False) -> str:
         self._check_alive()
         if self._slots is None:
-            rule = f"can't be beside {self._own_adapter or 'this model'}, which is served alone"
-            raise ConfigError("the adapter", rule, got=name, fix="Start another engine for it, or take engine=hf.")
+            rule = f"can't be added to {self._own_adapter or 'this model'}, which is served alone"
+            raise ConfigError("the adapter", rule, got=name, fix="Start another engine for it, or set engine=hf.")
         adapter, before = self._store.add(name, Path(folder), pinned=pinned)
         if before is not None:
             self._calls.put(partial(self._slots.forget, before))
@@ -305,7 +305,7 @@ class NativeEngine:
                     passed = self._compute_pass()
                     worked = self._step() or passed
             self._fail(ResourceError("the engine was closed before the answer was complete"))
-        except Exception as error:  # raised where answers are awaited, since nobody joins the thread
+        except Exception as error:  # passed on to the callers that wait for answers, since nobody joins the thread
             self._failure = error
             self._fail(self._gone())
             raise
@@ -336,12 +336,12 @@ class NativeEngine:
         return True
 
     def _may_run_ahead(self, started: Started) -> bool:
-        """The next step can be chosen without the tokens of the one that runs: it won't have to preempt a row."""
+        """Whether the next step can be scheduled before the running step's tokens are read, because it won't preempt a row."""
         enough = self._blocks.num_free >= len(self._scheduler.running)
         return self._runner.sampled is not None and enough and not any(row.needs_tokens for row in started.rows)
 
     def _start(self, pieces: Sequence[Piece]) -> Started:
-        """Run the pieces and sample. Each row's new token is a place on the device until it is read."""
+        """Run the pieces and sample. Until it is read, each row's new token is a reference to its place on the device."""
         logits_RV = self._runner.run(pieces)
         rows = [piece.row for piece in pieces if piece.samples]
         tokens_R, scored = self._sample(logits_RV, rows) if rows else (torch.empty(0, dtype=torch.int64), {})
@@ -371,7 +371,7 @@ class NativeEngine:
         return True
 
     def _sample(self, logits_RV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, dict[Row, TokenLogprob]]:
-        """int64 [R]: the next token of each row, and the log-probabilities for rows that ask for them. logits_RV is changed."""
+        """The next token of each row, int64 [R], and log-probabilities for rows that request them. Changes logits_RV in place."""
         asking = [number for number, row in enumerate(rows) if row.sampling.logprobs is not None]
         unchanged_RV = logits_RV[asking] if asking else None  # a copy
         bitmask_RW = None if self._grammars is None else self._grammars.bitmask([row.matcher for row in rows])
@@ -386,8 +386,8 @@ class NativeEngine:
         return tokens_R, scored
 
     def _run_calls(self, *, wait: bool) -> None:
-        """Run other threads' calls, then end requests that were cancelled or whose adapter can't be read. wait: up to IDLE_S for
-        a call."""
+        """Run other threads' calls, then end requests that were cancelled or whose adapter can't be read. wait: wait up to IDLE_S
+        seconds for a call."""
         try:
             call = self._calls.get(timeout=IDLE_S) if wait else self._calls.get_nowait()
             while True:
@@ -410,18 +410,18 @@ class NativeEngine:
                 one.fail(failure)
 
     def _failure_of(self, adapter: Adapter | None) -> Exception | None:
-        """Why an adapter's weights can't be read again. Where they are on disk alone, they are being read from now on."""
+        """Why the adapter's weights can't be read again, if so. Starts reading them if they are only on disk."""
         return None if adapter is None or self._store.ready(adapter) else adapter.failure
 
     def _compute_pass(self) -> bool:
-        """Compute one pass of a request that needs no cache. Returns False if there is none, or all wait for slots."""
+        """Compute one pass of a request without the cache. Returns False if there is none, or if all wait for slots."""
         one = self._scheduler.next_passes()
         if one is None:
             return False
         failure = None
         try:
             one.compute()
-        except Exception as error:  # the caller's, who waits for the future; the loop continues
+        except Exception as error:  # passed on to the future's caller; the loop continues
             failure = error
         self._scheduler.give_back_slot(one)
         if failure is not None or not one.left:
@@ -430,7 +430,7 @@ class NativeEngine:
         return True
 
     def _over_the_cache(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str) -> Iterator[Pass]:
-        """A pass a wave, and one that returns all answers' tokens. version: of the adapter."""
+        """One pass per wave, and a last one that returns all answers' tokens. version: the adapter's digest."""
         texts = texts_of(prompts, answers, version, self._blocks.block_size)
         waves = Waves(texts, self._blocks, self._runner, limit=self._pass_tokens)
 
@@ -449,8 +449,8 @@ class NativeEngine:
         yield answered
 
     def _take(self, row: Row, place: int, token: int) -> Finish | None:
-        """Put a sampled token into its place in the row. The row leaves the batch if it is its last token, for the reason that is
-        returned."""
+        """Put a sampled token into its place in the row. If it is the last one, the row leaves the batch, and the finish reason
+        is returned."""
         self._generated += 1
         if row.matcher is not None and not row.matcher.accept_token(token):
             row.done = True
@@ -469,7 +469,7 @@ class NativeEngine:
         return None
 
     def _leave(self, row: Row, length: int) -> None:
-        """Take a row out of the batch. length: tokens that are its own; later ones were computed in vain."""
+        """Take a row out of the batch. length: the number of its valid tokens; later ones are dropped."""
         row.ended = True
         del row.ids[length:]
         self._scheduler.end(row)

@@ -1,4 +1,4 @@
-"""What a row's grammar allows as its next token, through xgrammar: a bit a token of the vocabulary."""
+"""Grammar-constrained decoding with xgrammar: bitmasks of the tokens that each row's grammar allows next."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MAX_SCHEMA_DEPTH = 64
 """Brackets within brackets. xgrammar takes memory and time without end for schemas of hundreds."""
 MAX_COMPILE_THREADS = 1
 CACHE_BYTES = 256 * 2**20
-"""Of compiled grammars, which clients may send without end."""
+"""The size of the cache of compiled grammars, since clients may send any number of them."""
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary, and keeps those that it compiled last."""
+    """Compiles grammars for one vocabulary, with a cache of the most recent ones."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...], *, cache_bytes: int = CACHE_BYTES) -> None:
         try:
@@ -65,7 +65,8 @@ class Grammars:
         return matcher
 
     def bitmask(self, matchers: list[Any | None]) -> Tensor | None:
-        """int32 [R, ceil(V / 32)] on the host; None where no row has a grammar."""
+        """The allowed tokens of each row, int32 [R, ceil(V / 32)] on the host, one bit per token; None if no row has a
+        grammar."""
         if not any(matchers):
             return None
         mask_RW = torch.full((len(matchers), (self._vocab_size + 31) // 32), -1, dtype=torch.int32)

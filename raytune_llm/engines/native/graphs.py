@@ -1,6 +1,7 @@
-"""Steps in which every row decodes, captured as CUDA graphs: a replay starts all kernels of a step at once.
+"""Decoding steps captured as CUDA graphs, so that one replay launches all kernels of a step.
 
-A graph holds a step of so many rows; smaller steps are padded to the next size with rows that write nothing and are not read.
+There is a graph for each of several batch sizes. Smaller steps are padded with rows that write nothing and whose output is
+unused.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
 def lacks_for_graphs(config: PretrainedConfig) -> str | None:
-    """What keeps a model's decoding steps from being captured, if anything: what the host decides anew in each step, and layers
-    whose keys and values have other shapes."""
+    """Why a model's decoding steps can't be captured, or None: the host computes something in each step, or layers differ in the
+    shapes of keys and values."""
     text: Any = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
@@ -53,7 +54,7 @@ class DecodeGraphs:
         compiled: bool,
         captured: bool = True,
     ) -> None:
-        """captured: false on a device that holds no graphs, where steps run as they are written, for tests."""
+        """captured: false runs the steps without graphs, for tests on a device that does not support them."""
         self._policy: Any = policy
         self._cache, self._bank, self._captured = cache, bank, captured
         self.sizes = sorted({size for size in SIZES if size < max_rows} | {max_rows})
@@ -61,10 +62,10 @@ class DecodeGraphs:
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=cache.device)
         self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
         self.pool: Any = None
-        """The graphs' memory, which others may share that run in the same stream."""
+        """The graphs' memory pool, which other graphs in the same stream may share."""
         for number, (_, layer) in enumerate(named_layers(policy.base)):
             attention = next(part for part in layer.modules() if hasattr(part, "layer_idx") and _attends(part))
-            # Of a tensor, since a number would make the compiler take each layer for another.
+            # A tensor, since torch.compile would specialize each layer for a number.
             attention.register_buffer(
                 "cache_layer", torch.tensor([number], dtype=torch.int32, device=cache.device), persistent=False
             )
@@ -73,14 +74,14 @@ class DecodeGraphs:
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Compile, and capture every size, the largest first, whose memory the others share."""
+        """Compile and capture all sizes, the largest first, since the others reuse its memory."""
         self._policy.eval()
         for size in reversed(self.sizes):
             for adapted in (True, False) if self._bank is not None else (False,):
                 self._logits(size, adapted)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """float32 [R, V]: logits of each piece, a token each. They are the next step's to overwrite."""
+        """The logits of each piece, which has one token, float32 [R, V]. The next step overwrites them."""
         rows = [piece.row for piece in pieces]
         size = self.sizes[bisect_left(self.sizes, len(rows))]
         lengths = [piece.stop for piece in pieces]
@@ -92,7 +93,7 @@ class DecodeGraphs:
         return self._logits(size, any(slot >= 0 for slot in slots))[: len(rows)]
 
     def sampled(self, tokens_R: Tensor) -> None:
-        """The tokens that came of a step, for the next one."""
+        """Store the tokens sampled in a step, for the next one."""
         self._sampled[: len(tokens_R)].copy_(tokens_R)
 
     def _logits(self, size: int, adapted: bool) -> Tensor:

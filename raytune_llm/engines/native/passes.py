@@ -1,7 +1,7 @@
-"""Given texts that are computed without the paged cache: embeddings, scores of a reward model, log-probabilities of answers.
+"""Requests that need no generation: embeddings, scores of a reward model, log-probabilities of given answers.
 
-A request may hold hundreds of texts. They are computed in packs of a step's tokens, and between two steps of the engine one pack
-of one request is computed, each request in turn: answers that are being generated go on meanwhile.
+A request may have hundreds of texts. They are computed in packs of a step's tokens. Between two steps, the engine computes one
+pack of one request, in round-robin order, so that generation continues meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from raytune_llm.engines.native.slots import Adapter
 
 Pass = Callable[[int], Sequence[Any]]
-"""The results of a pack's texts, computed with the adapter in this slot; -1: the base alone."""
+"""(slot of the adapter, -1: none) -> the results of a pack's texts."""
 
 
 @dataclass(eq=False)
@@ -24,14 +24,14 @@ class Passes:
     """One request."""
 
     passes: Iterator[Pass]
-    """The next one may depend on what was computed."""
+    """The passes to compute. An iterator, since the next one may depend on earlier results."""
     adapter: Adapter | None
-    """None: the base alone."""
+    """None: no adapter."""
     future: Future[list[Any]] = field(default_factory=Future)
-    """One result a text. It may be cancelled at any time."""
+    """One result per text. It may be cancelled at any time."""
     results: list[Any] = field(default_factory=list)
     slot: int = -1
-    """The adapter's slot, during a pass: between two of them, others may have it."""
+    """The adapter's slot during a pass. Between two passes, other adapters may use it."""
     begun: bool = False
     arrived: float = field(default_factory=time.monotonic)
     blocked_on: str | None = None
@@ -66,7 +66,7 @@ class Passes:
 
 
 def in_packs(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Neighbours together: in each pack at most `limit` tokens, or one text."""
+    """Slices of consecutive texts with at most `limit` tokens in total, or a single longer text."""
     packs: list[slice] = []
     start = tokens = 0
     for at, size in enumerate(sizes):

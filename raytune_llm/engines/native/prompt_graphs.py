@@ -1,8 +1,9 @@
-"""Steps of short prompts, captured as CUDA graphs: what a first token waits for, and running answers with it, is no launch of a
-thousand kernels by the host.
+"""Steps with short prompts captured as CUDA graphs. Without them, launching a thousand kernels would delay the first token, and
+the answers that are being generated.
 
-A graph holds so many tokens of a few whole prompts, end to end; what is left of them is one more prompt, which nobody reads, and
-whose keys and values go to a block of its own. Longer steps keep a GPU busy as they are, and are not captured.
+There is a graph for each of several numbers of tokens, for a few whole prompts. The rest is padding: one more prompt, whose
+output is unused and whose keys and values go to a spare block. Longer steps keep the GPU busy without graphs, and are not
+captured.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from raytune_llm.models.policy import Policy
 
 SIZES = (128, 256, 512, 1024)
 PROMPTS = 16
-"""Prompts in a step, at most."""
+"""The largest number of prompts in a step."""
 IDS, POSITIONS, PLACES, SLOTS = range(4)
 
 
 def lacks_for_prompt_graphs(config: PretrainedConfig, compute: torch.dtype) -> str | None:
-    """What keeps steps of prompts from being captured, if anything: attention that is not one call over boundaries."""
+    """Why steps with prompts can't be captured, or None: the attention is not a single varlen call."""
     text: Any = config.get_text_config()
     if compute not in (torch.bfloat16, torch.float16):
         return "FlashAttention takes 16 bits"
     if getattr(text, "attn_logit_softcapping", None) is not None:
-        return "its attention has a soft cap"
+        return "its attention has a softcap"
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return None if head <= 256 and head % 8 == 0 else f"FlashAttention takes no heads of {head}"
 
 
 class PromptGraphs:
     def __init__(self, policy: Policy, cache: PagedCache, bank: Any, *, spare: int, pool: Any) -> None:
-        """spare: a block that no row has. pool: memory of other graphs that run in the same stream."""
+        """spare: a block that no row uses. pool: the memory pool of other graphs in the same stream."""
         self._policy: Any = policy
         self._cache, self._bank, self._spare, self._pool = cache, bank, spare, pool
         self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
@@ -60,7 +61,7 @@ class PromptGraphs:
                 self._graphs[size, adapted] = self._capture(size, adapted)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """float32 [R, V]: logits at the last token of each prompt. They are the next step's to overwrite."""
+        """The logits at the last token of each prompt, float32 [R, V]. The next step overwrites them."""
         rows, lengths = [piece.row for piece in pieces], [piece.stop for piece in pieces]
         size = SIZES[bisect_left(SIZES, sum(lengths))]
         slots = [row.slot for row in rows]

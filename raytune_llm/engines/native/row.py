@@ -1,4 +1,4 @@
-"""One answer in the making: a row of the engine's batch."""
+"""A row of the engine's batch: one answer that is being generated."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ class Row:
     sampler: RowSampler
     text: TextStream
     ids: list[int]
-    """Prompt and answer so far. A negative one is a token that the host has not read: -1 minus its place on the device."""
+    """The tokens of the prompt and of the answer so far. -1 - i is a token that the host has not read, at place i on the
+    device."""
     prompt_tokens: int
     limit: int
-    """Tokens of prompt and answer, at most."""
+    """The maximum number of tokens of prompt and answer."""
     adapter: Adapter | None = None
     """None: the base alone."""
     matcher: Any = None
-    """xgrammar's, of a row with a grammar."""
+    """xgrammar's matcher, if the row has a grammar."""
     slot: int = -1
     """The adapter's slot, while the row runs."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    """Tokens whose keys and values are in the blocks."""
+    """The number of tokens whose keys and values are in the blocks."""
     cached_tokens: int = 0
-    """Tokens of the prompt that the prefix cache had."""
+    """The number of prompt tokens that were found in the prefix cache."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     queued_s: float | None = None
     """Seconds from its arrival to its first step. None: it still waits."""
     done: bool = False
-    """Its stream has its end: what is computed of it still is nobody's."""
+    """Whether its stream has ended. Tokens that are still computed for it are dropped."""
     ended: bool = False
-    """It left the batch."""
+    """Whether it has left the batch."""
     blocked_on: str | None = None
     """Why it waits."""
     _digests: list[bytes] = field(default_factory=list)
@@ -59,21 +60,21 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """It has all tokens that it may have, read or not."""
+        """Whether it has its maximum number of tokens, including those that the host has not read."""
         return len(self.ids) >= self.limit
 
     @property
     def needs_tokens(self) -> bool:
-        """Its next token can't be drawn before its last one is read."""
+        """Whether its last token must be read before the next one can be sampled."""
         return self.matcher is not None or self.sampler.penalized or self.sampling.logprobs is not None
 
     @property
     def pending(self) -> int:
-        """Tokens that are still to be computed: one while it decodes, more of a prompt."""
+        """The number of tokens still to compute: one while decoding, more for a prompt."""
         return len(self.ids) - self.computed
 
     def digests(self, blocks: int, block_size: int) -> list[bytes]:
-        """Digests of the first blocks, which are full."""
+        """The digests of the first `blocks` blocks, which must be full."""
         while len(self._digests) < blocks:
             parent = self._digests[-1] if self._digests else root(self.adapter.version if self.adapter else "")
             at = len(self._digests) * block_size

@@ -1,4 +1,4 @@
-"""The policy as the engine runs it: pieces of rows -> a step over the paged cache -> logits."""
+"""Runs the policy for the engine: pieces of rows -> a forward pass with the paged cache -> logits."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from raytune_llm.models.score_head import refuse_separate_head
 
 NOTHING = np.zeros(0, np.int32)
 LOGIT_TOKENS = 1024
-"""Tokens whose logits exist at once, where answers are scored."""
+"""The number of tokens whose logits are in memory at a time when answers are scored."""
 POOLED: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda hidden_ND: F.normalize(hidden_ND.mean(0), dim=0),
     "last": lambda hidden_ND: F.normalize(hidden_ND[-1], dim=0),
 }
-"""Hidden states of a text -> a vector of length 1."""
+"""Pooling -> function from the hidden states of a text to a unit vector."""
 
 
 class PolicyRunner:
-    """A policy, its cache and its slots of adapters, on one device."""
+    """A policy, its KV cache and its adapter slots on one device."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class PolicyRunner:
         bank: Any = None,
         graphs: Callable[[PagedCache], DecodeGraphs] | None = None,
     ) -> None:
-        """graphs: for steps in which every row decodes, over the cache that is made here; their layers are alike."""
+        """graphs: makes the CUDA graphs of decoding steps for the cache that is created here. None: no graphs."""
         check_cached(policy.base.config)
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         self.bank: Bank | None = bank
@@ -56,7 +56,7 @@ class PolicyRunner:
         self._policy: Any = policy
         self._bank = bank
         alike = 0 if graphs is None else policy.base.config.get_text_config().num_hidden_layers
-        # One block more, for the tokens of padding.
+        # One more block, for padding tokens.
         self._cache = PagedCache(num_blocks + (graphs is not None), block_size, dtype=policy.compute, device=device, alike=alike)
         self._graphs: DecodeGraphs | None = None
         self._prompts: PromptGraphs | None = None
@@ -80,7 +80,7 @@ class PolicyRunner:
             return self._as_written(pieces)
         decoding = list(takewhile(lambda piece: piece.stop - piece.start == 1 and piece.samples, pieces))
         rest = pieces[len(decoding) :]
-        # First: graphs that were captured later may use the memory of these for what they give, and these would write over it.
+        # Decoding first: the prompt graphs share its pool and may place outputs in memory that the decoding graphs write to.
         decoded_RV = self._graphs.run(decoding) if decoding else None
         if decoded_RV is not None and not rest:
             return decoded_RV
@@ -89,14 +89,14 @@ class PolicyRunner:
         return of_rest_RV if decoded_RV is None else torch.cat([decoded_RV, of_rest_RV])
 
     def _as_written(self, pieces: Sequence[Piece]) -> Tensor:
-        # Rows that decode first, and prompts by slot, so that none of their tokens has to move to its adapter's.
+        # Decoding rows first, then prompts sorted by slot, so that their tokens need no sorting.
         order = sorted(
             range(len(pieces)),
             key=lambda number: (pieces[number].stop - pieces[number].start > 1, self._rank(pieces[number].row.slot)),
         )
         rows = self._rows([pieces[number] for number in order])
         ends = dict(zip(order, rows.starts[1:], strict=True))
-        # Made before the layers run: a copy to the device would wait for them.
+        # Created before the layers run, since a copy to the device would wait for them.
         wanted = [ends[number] - 1 for number, piece in enumerate(pieces) if piece.samples]
         wanted_R = torch.tensor(wanted, dtype=torch.int64, device=self.device)
         self._evaluates()
@@ -112,7 +112,8 @@ class PolicyRunner:
         return weights, weights.rank
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, slot: int) -> list[list[float]]:
-        """A vector a prompt, of packs without a cache, as in training. pooling: one of POOLED, or a reward model's score."""
+        """One vector per prompt, computed in packs without a cache, as in training. pooling: a key of POOLED, or `score` for a
+        reward model."""
         lengths = [len(ids) for ids in prompts]
         rows = [(np.asarray(ids, np.int32), NOTHING) for ids in prompts]
         batch = to_device(collate([rows], length=sum(lengths), pad_id=0), self.device)
@@ -128,11 +129,11 @@ class PolicyRunner:
     def answer_logprobs(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], slot: int, *, top: int = 0
     ) -> list[list[ScoredToken]]:
-        """Log-probabilities of the answers' tokens, computed in packs without a cache, as in training. Answers of one token to
-        the same prompt, one after another, share its computation. The last token of an answer is predicted, not computed."""
+        """The answers' tokens with log-probabilities, computed in packs without a cache, as in training. Consecutive one-token
+        answers to the same prompt share its computation. An answer's last token is not an input."""
         documents: list[tuple[np.ndarray, np.ndarray]] = []
         places: list[int] = []
-        """For each answer, the number of the document that holds it, or that shares its prompt."""
+        """For each answer, the number of its document, which several one-token answers may share."""
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             assert prompt, "the first token has nothing to be predicted from"
             same = number > 0 and len(answer) == len(answers[number - 1]) == 1 and prompt == prompts[number - 1]
@@ -155,7 +156,7 @@ class PolicyRunner:
         return [scored[start:stop] for start, stop in pairwise(ends)]
 
     def scored(self, texts: Sequence[ScoredText]) -> list[ScoredToken]:
-        """The targets of all texts, in order, over the cache: of each text the tokens that are not in its blocks are computed."""
+        """The scored targets of all texts, in order. Of each text, only the tokens that are not in the cache are computed."""
         order = sorted(range(len(texts)), key=lambda number: len(texts[number].ids) - texts[number].computed > 1)
         ordered = [texts[number] for number in order]
         rows = CachedRows.of(self._cache, [NewTokens(text.ids[text.computed :], text.computed, text.blocks) for text in ordered])
@@ -169,7 +170,7 @@ class PolicyRunner:
         return self._scored(hidden_LD, positions, [token for text in texts for _, token in text.targets])
 
     def _scored(self, hidden_LD: Tensor, positions: Sequence[int], targets: Sequence[int], top: int = 0) -> list[ScoredToken]:
-        """Each target as what follows its position. top: how many of the likeliest tokens are returned with each."""
+        """Each target, scored as the token after its position. top: the number of likeliest tokens to return for each."""
         positions_N, targets_N = (torch.tensor(one, dtype=torch.int64, device=self.device) for one in (positions, targets))
         scored: list[ScoredToken] = []
         for position_C, target_C in zip(positions_N.split(LOGIT_TOKENS), targets_N.split(LOGIT_TOKENS), strict=True):
@@ -184,7 +185,7 @@ class PolicyRunner:
         return self._route([row.slot for row, *_ in pieces], [stop - start for _, start, stop in pieces])
 
     def _route(self, slots: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
-        """What layers are to be given, so that each token goes to its row's adapter."""
+        """The layers' arguments with which each token uses its row's adapter."""
         if self._bank is None or all(slot < 0 for slot in slots):
             return {}
         slot_M = torch.tensor(slots)
@@ -195,14 +196,14 @@ class PolicyRunner:
         return self._bank.by_documents(slot_M, cu_seqlens_S, sum(sizes), in_order=ranks == sorted(ranks))
 
     def _rank(self, slot: int) -> int:
-        """The place of a slot among others; rows of none come last."""
+        """The sort key of a slot; rows without an adapter come last."""
         return slot if slot >= 0 or self._bank is None else self._bank.num_slots
 
     def _evaluates(self) -> None:
-        """Switch to evaluation mode where it isn't on: to set it in each module takes milliseconds."""
+        """Switch to eval mode if necessary. Setting it in every module takes milliseconds."""
         if self._policy.training:
             self._policy.eval()
 
     def _eagerly(self) -> AbstractContextManager[Any]:
-        """Layers that were compiled for training run as they are written: every step is another shape."""
+        """A context without torch.compile for layers that were compiled for training, since each step has another shape."""
         return torch.compiler.set_stance("force_eager")

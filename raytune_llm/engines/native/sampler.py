@@ -1,8 +1,8 @@
-"""The next token of every row of a step, on the device, from logits [R, V].
+"""Sampling the next token of every row on the device, from logits [R, V].
 
-Rows share nothing: what one of them asks for changes no other's token. A row's draw number n is a function of its seed and n
-alone (Philox, Salmon et al. 2011, counter n under key seed), so the same seed gives the same answer in any batch; the token is
-where that number falls in the row's cumulated probabilities, the likeliest first.
+Rows are independent of each other. A row's n-th random number depends only on its seed and n (Philox, Salmon et al. 2011, with
+counter n and key seed), so a seed gives the same answer in any batch. The token is found by inverting the cumulative
+distribution, with tokens in descending order of probability.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ MIN_TEMPERATURE = 1e-5
 
 @dataclass(eq=False)
 class RowSampler:
-    """What one row carries from token to token."""
+    """The sampling state of one row."""
 
     sampling: Sampling
     end_ids: tuple[int, ...]
     prompt_ids: Sequence[int]
     drawn: int = 0
-    """Tokens of the answer so far, those that the host has not read among them."""
+    """The number of tokens of the answer so far, including those that the host has not read."""
     seen_V: Tensor | None = field(default=None, repr=False)
-    """bool: tokens of prompt and answer; only where a penalty asks for it."""
+    """bool [V]: the tokens that occur in prompt or answer; only set if a penalty needs it."""
     counts_V: Tensor | None = field(default=None, repr=False)
-    """float32: how often the answer holds each."""
+    """float32 [V]: how often each token occurs in the answer."""
 
     @property
     def penalized(self) -> bool:
@@ -41,7 +41,7 @@ class RowSampler:
         return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
     def count(self, token: int) -> None:
-        """A token of the answer was read."""
+        """Count a token of the answer."""
         if self.counts_V is not None and self.seen_V is not None:
             self.counts_V[token] += 1
             self.seen_V[token] = True
@@ -54,7 +54,7 @@ class RowSampler:
         return self.seen_V, self.counts_V
 
     def change(self, logits_V: Tensor) -> None:
-        """Penalties and biases, in place."""
+        """Apply penalties and biases in place."""
         s = self.sampling
         if self.penalized:
             seen_V, counts_V = self._counted(len(logits_V), logits_V.device)
@@ -72,7 +72,7 @@ class RowSampler:
 
     @property
     def forbidden(self) -> tuple[int, ...]:
-        """Tokens that would end the answer, where it may not end yet."""
+        """The tokens that would end the answer, if it may not end yet; else none."""
         return self.end_ids if self.sampling.ignore_end or self.drawn < self.sampling.min_new_tokens else ()
 
     @property
@@ -81,8 +81,8 @@ class RowSampler:
 
 
 def sample(logits_RV: Tensor, rows: Sequence[RowSampler], bitmask_RW: Tensor | None = None) -> Tensor:
-    """int64 [R]: the tokens. logits_RV: float32, and changed in place. bitmask_RW: int32, one bit a token that a row's grammar
-    allows (all ones for rows without one). Where an answer may not end yet and its grammar allows nothing else, it ends."""
+    """The next tokens, int64 [R]. logits_RV: float32, changed in place. bitmask_RW: int32, one bit per token that a row's grammar
+    allows (all ones for rows without one). If an answer may not end yet but its grammar allows nothing else, it ends."""
     for number, row in enumerate(rows):
         if row.changes:
             row.change(logits_RV[number])
@@ -104,13 +104,13 @@ def sample(logits_RV: Tensor, rows: Sequence[RowSampler], bitmask_RW: Tensor | N
 
 
 def _on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """Numbers of the host. A copy from memory that isn't page-locked would wait for the step that runs."""
+    """The numbers as a tensor on the device. Copied from page-locked memory, since other copies wait for the running step."""
     held = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return held.to(device, non_blocking=True)
 
 
 def allowed(bitmask_RW: Tensor, size: int) -> Tensor:
-    """bool [R, size] of one bit a token, the lowest first."""
+    """bool [R, size] from one bit per token, lowest bit first."""
     bits = torch.arange(32, device=bitmask_RW.device, dtype=torch.int32)
     return ((bitmask_RW[:, :, None] >> bits) & 1).bool().flatten(1)[:, :size]
 
@@ -129,7 +129,7 @@ def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
     if any(s.top_k for s in settings):
         kept_KV &= torch.arange(size, device=device) < top_k_K1
         probs_KV = probs_KV * kept_KV
-        probs_KV = probs_KV / probs_KV.sum(dim=1, keepdim=True)  # top_p is a part of what top_k left
+        probs_KV = probs_KV / probs_KV.sum(dim=1, keepdim=True)  # top_p applies to the distribution after top_k
     if any(s.top_p < 1 for s in settings):
         before_KV = probs_KV.cumsum(dim=1) - probs_KV
         kept_KV &= before_KV < top_p_K1
@@ -149,7 +149,7 @@ def uniform(seed: int, number: int) -> float:
 
 
 def scored_tokens(logits_NV: Tensor, targets_N: Tensor, top: int = 0) -> list[ScoredToken]:
-    """The targets under the model's own logits, float32, each with the `top` likeliest tokens."""
+    """The targets with their log-probabilities, and the `top` likeliest tokens of each. logits_NV: float32, unmodified."""
     values_NV = logits_NV.log_softmax(dim=1)
     chosen = values_NV.gather(1, targets_N[:, None]).squeeze(1).tolist()
     likeliest = (logits_NV.argmax(dim=1) == targets_N).tolist()

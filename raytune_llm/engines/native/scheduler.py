@@ -1,15 +1,15 @@
-"""Which rows a step computes, and how many tokens of each: continuous batching with chunked prompts.
+"""The scheduler: which rows a step computes, and how many tokens of each. Continuous batching with chunked prefill.
 
-Rows that run come first, the oldest first, each with its next token; what is left of the step's tokens goes to prompts, in
-chunks. A row waits for one of the batch's rows, for blocks of the cache, or for a slot of its adapter; rows of the base never
-wait for a slot. Where blocks run out while rows grow, the youngest row gives all of its up and is computed again later (its
-tokens and its draws stay), so that the oldest always gets to its end.
+Running rows come first, in order of age, each with its next token. The step's remaining tokens go to prompts, in chunks. A row
+waits for a place in the batch, for blocks of the cache, or for a slot of its adapter; rows without an adapter need no slot. If
+blocks run out, the youngest row is preempted: it releases its blocks and is computed again later, with the same tokens and random
+numbers. The oldest row thus always completes.
 
-An adapter whose rows keep coming could keep its slot for ever. So a row that waits for a slot lets younger rows of other adapters
-pass for `PATIENCE_S` only; then none of them starts before it does, and a slot falls free when its rows are done. Rows of an
-adapter that is pinned in its slot still pass, since that slot never falls free.
+An adapter with a steady stream of rows could keep its slot forever. So a row that waits for a slot lets younger rows of other
+adapters start before it for only PATIENCE_S seconds. After that, none of them starts, and a slot becomes free when its rows are
+done. Rows of pinned adapters still start, since their slots never become free.
 
-Requests that are computed in passes of their own (passes.py) wait for slots as rows do, and take turns.
+Requests that are computed in separate passes (passes.py) wait for slots like rows, and take turns.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ PATIENCE_S = 0.25
 
 
 class Piece(NamedTuple):
-    """What a step computes of one row."""
+    """The part of one row that a step computes."""
 
     row: Row
     start: int
     stop: int
-    """A range of the row's tokens; those before `start` are in the cache."""
+    """The range of the row's tokens; those before `start` are in the cache."""
 
     @property
     def samples(self) -> bool:
-        """Its last token is among them: the next one is drawn."""
+        """Whether it has the row's last token, after which the next one is sampled."""
         return self.stop == len(self.row.ids)
 
 
@@ -51,14 +51,14 @@ class Scheduler:
         step_tokens: int,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """step_tokens: a step computes at most so many. slots: None where no adapter can be used."""
+        """step_tokens: the maximum number of tokens in a step. slots: None if adapters are not supported."""
         assert step_tokens >= max_rows, (step_tokens, max_rows)
         self.blocks, self.slots = blocks, slots
         self.running: list[Row] = []
         """The oldest first."""
         self.waiting: deque[Row] = deque()
         self.passes: deque[Passes] = deque()
-        """The one whose turn is next first."""
+        """In the order of their turns."""
         self.preemptions = 0
         self.prefix_hits = self.prefix_queries = 0
         self._max_rows, self._step_tokens, self._now = max_rows, step_tokens, now
@@ -67,7 +67,7 @@ class Scheduler:
         self.waiting.append(row)
 
     def schedule(self) -> list[Piece]:
-        """The step's pieces, decoding rows first; none where nothing can be computed."""
+        """The step's pieces, decoding rows first; empty if nothing can be computed."""
         budget = self._step_tokens
         pieces: list[Piece] = []
         for row in sorted(self.running, key=lambda row: row.pending > 1):
@@ -85,12 +85,12 @@ class Scheduler:
                 pieces.append(Piece(row, row.computed, row.computed + size))
                 budget -= size
             elif row.blocked_on not in ("adapter", "weights"):
-                break  # in their order: a small row does not pass by a large one for ever
-        # A row may have been preempted after its piece was cut.
+                break  # keep the order, so that small rows can't overtake a large one forever
+        # A row may have been preempted after its piece was added.
         return [piece for piece in pieces if piece.row.blocks]
 
     def computed(self, piece: Piece) -> None:
-        """The step is done, and its tokens are known: full blocks may be found by others."""
+        """To be called when the piece is computed and its tokens are known. Adds full blocks to the prefix cache."""
         row, size = piece.row, self.blocks.block_size
         before, full = piece.start // size, piece.stop // size
         if full > before:
@@ -98,7 +98,7 @@ class Scheduler:
                 self.blocks.publish(block, digest)
 
     def end(self, row: Row) -> None:
-        """It is done, or nobody waits for it."""
+        """Remove a row that is complete or cancelled."""
         if row in self.running:
             self.running.remove(row)
             self._leave(row)
@@ -106,7 +106,7 @@ class Scheduler:
             self.waiting.remove(row)
 
     def next_passes(self) -> Passes | None:
-        """The request of which a pass is computed now; None where there is none, or all wait."""
+        """The request whose turn it is to compute a pass; None if there is none, or all wait for slots."""
         if not self.passes:
             return None
         admitted = self._admitted()
@@ -125,7 +125,7 @@ class Scheduler:
             one.slot = -1
 
     def waiting_by_reason(self) -> Mapping[str, int]:
-        # At once: other threads ask, while the loop changes them.
+        # Copied in one operation, since other threads call this while the loop changes the rows.
         rows, passes = tuple(self.waiting), tuple(self.passes)
         return Counter(one.blocked_on or "rows" for one in (*rows, *(one for one in passes if one.waits)))
 
@@ -135,7 +135,7 @@ class Scheduler:
         return tuple(sorted({one.adapter.name for one in waiting if one.adapter is not None}))
 
     def _admitted(self) -> Callable[[Row | Passes], bool]:
-        """Says of one that waits whether it may start before the oldest one that waits for a slot."""
+        """A function: whether a waiting row or request may start before the oldest one that waits for a slot."""
         blocked = [one for one in (*self.waiting, *self.passes) if one.blocked_on == "adapter"]
         oldest = min((one.arrived for one in blocked), default=None)
         if oldest is None or self._now() - oldest < PATIENCE_S:
@@ -143,7 +143,7 @@ class Scheduler:
         return lambda one: one.adapter is None or one.arrived <= oldest or (one.adapter.pinned and one.adapter.slot is not None)
 
     def _take_slot(self, one: Row | Passes) -> bool:
-        """A slot with its adapter, where it has one."""
+        """Take a slot for its adapter, if it has one. Returns False if no slot is free."""
         if one.adapter is None:
             return True
         assert self.slots is not None
@@ -155,12 +155,12 @@ class Scheduler:
         return True
 
     def _start(self, row: Row) -> bool:
-        """Let it run, where a row, a slot and blocks are free for it."""
+        """Start the row if a place in the batch, a slot and blocks are free. Returns False otherwise."""
         if len(self.running) >= self._max_rows:
             row.blocked_on = "rows"
             return False
         size = self.blocks.block_size
-        # The last token is always computed: it is what the next one is drawn from.
+        # The last token is always computed, since the next one is sampled from its logits.
         digests = row.digests((len(row.ids) - 1) // size, size)
         found = self.blocks.cached_prefix(digests)
         new = self.blocks.allocate(self.blocks.blocks_for(len(row.ids)) - len(found))
@@ -184,7 +184,8 @@ class Scheduler:
         return True
 
     def _grow(self, row: Row, tokens: int) -> bool:
-        """Blocks for so many tokens of it, at the expense of the youngest rows; False where it had to give up its own."""
+        """Allocate blocks for this many tokens of the row, preempting the youngest rows. Returns False if it was itself
+        preempted."""
         missing = self.blocks.blocks_for(tokens) - len(row.blocks)
         if missing <= 0:
             return True

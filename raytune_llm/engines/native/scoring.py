@@ -1,7 +1,7 @@
-"""Given answers, scored over the paged cache: what prompts begin with alike (the examples of a benchmark) is computed once.
+"""Scoring given answers with the prefix cache: common beginnings of prompts (the examples of a benchmark) are computed once.
 
-Texts are computed in waves of limited size. One that begins with blocks which another text of the same wave fills waits for the
-next wave, and finds them in the cache.
+Texts are computed in waves of limited size. A text that shares its first blocks with another text of the same wave waits for the
+next wave, when these are in the cache.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class ScoredText:
     """A prompt with an answer, or with several answers of one token."""
 
     ids: list[int]
-    """Without the answer's last token, which is only predicted."""
+    """Without the answer's last token, which is not an input."""
     targets: list[tuple[int, int]]
-    """Positions, and the tokens that are scored there, as what follows."""
+    """(position, the token that is scored as the next one), ..."""
     slot: int = -1
-    """Of the adapter, in this wave; -1: the model alone."""
+    """The adapter's slot in this wave; -1: no adapter."""
     computed: int = 0
-    """Tokens whose keys and values are in the blocks."""
+    """The number of tokens whose keys and values are in the blocks."""
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
-    """Of the full blocks before the first target."""
+    """The digests of the full blocks before the first target."""
 
     def questions(self) -> Iterator[tuple[list[int], list[int]]]:
         """Each prompt with its answer."""
@@ -41,7 +41,7 @@ class ScoredText:
 
 
 class Scoring(Protocol):
-    """What computes texts: see Runner of the engine."""
+    """The part of the engine's Runner that computes texts."""
 
     def scored(self, texts: Sequence[ScoredText]) -> Sequence[ScoredToken]: ...
 
@@ -53,7 +53,7 @@ class Scoring(Protocol):
 def texts_of(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], version: str, block_size: int
 ) -> list[ScoredText]:
-    """In their order. Answers of one token to the same prompt, one after another, are one text's."""
+    """The texts, in order. Consecutive one-token answers to the same prompt become one text."""
     texts: list[ScoredText] = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         assert prompt, "the first token has nothing to be predicted from"
@@ -70,16 +70,16 @@ def texts_of(
 
 
 class Waves:
-    """Texts that are computed a wave at a time. Between two waves, others may use the cache."""
+    """Computes texts in waves. Between two waves, other requests may use the cache."""
 
     def __init__(self, texts: Sequence[ScoredText], blocks: BlockPool, runner: Scoring, *, limit: int) -> None:
-        """limit: maximum tokens that a wave computes, or one text."""
+        """limit: the maximum number of tokens in a wave; a single text may be longer."""
         self._texts, self._blocks, self._runner, self._limit = texts, blocks, runner, limit
         self.left = list(texts)
         self._found: dict[int, Sequence[ScoredToken]] = {}
 
     def scored(self) -> list[ScoredToken]:
-        """The targets of all texts, in order, once none is left."""
+        """The scored targets of all texts, in order. To be called after the last wave."""
         return [token for text in self._texts for token in self._found[id(text)]]
 
     def compute(self, slot: int) -> None:
@@ -103,7 +103,7 @@ class Waves:
 
 
 def next_wave(texts: Sequence[ScoredText], blocks: BlockPool, *, limit: int) -> list[ScoredText]:
-    """Those that are computed next, with blocks that `end_wave` gives back; none where no block is free."""
+    """The texts to compute next, with allocated blocks that `end_wave` releases; empty if no block is free."""
     wave: list[ScoredText] = []
     filled: set[bytes] = set()
     tokens = 0

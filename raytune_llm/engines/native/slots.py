@@ -1,8 +1,8 @@
-"""Adapters' places: on disk, in host memory, in a slot of the device's banks.
+"""The slots of adapters on the device.
 
-A name points to a version, which is immutable and known by the digest of its files. Rows hold versions, not names: what a name
-points to may change or go while they run. A version that rows use keeps its slot; of the others, the least recently used one that
-is not pinned leaves its slot when another version needs it. Its weights stay in host memory, so that it comes back with one copy.
+A name refers to a version, which is immutable and identified by the digest of its files. Rows refer to versions, since a name may
+get another version or be removed while they run. A version in use keeps its slot. If another version needs a slot, the least
+recently used one that is neither in use nor pinned is evicted. Its weights stay in host memory, so loading it again is one copy.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ class Adapter:
     rank: int
     folder: Path
     weights: Any
-    """The weights as the bank takes them; None while they are on disk alone."""
+    """The weights in the bank's form; None while they are only on disk."""
     failure: Exception | None = None
     """Why they could not be read again."""
     pinned: bool = False
     users: int = 0
-    """Rows and passes that run with it."""
+    """The number of rows and passes that run with it."""
     slot: int | None = None
 
 
 class Bank(Protocol):
-    """Slots of stacked adapters on the device (models/adapters/)."""
+    """The slots of adapters in the layers, on the device (models/adapters/)."""
 
     @property
     def num_slots(self) -> int: ...
 
     def load(self, slot: int, weights: Any) -> None:
-        """Between two steps."""
+        """To be called between two steps."""
         ...
 
     def clear(self, slot: int) -> None: ...
@@ -46,7 +46,7 @@ class Bank(Protocol):
 
 @dataclass(eq=False)
 class Slots:
-    """Which version is in which slot. The engine's loop owns it."""
+    """Which version is in which slot. Not thread-safe: the engine's loop owns it."""
 
     bank: Bank
     loads: int = 0
@@ -55,9 +55,9 @@ class Slots:
     """Least recently used first."""
 
     def take(self, adapter: Adapter) -> int | None:
-        """A slot with this version for one more row, or None while every slot is in use or pinned, or its weights are on disk."""
+        """A slot with this version for one more row; None if all slots are in use or pinned, or its weights are only on disk."""
         if adapter.slot is None:
-            weights = adapter.weights  # once: another thread may put them off host memory
+            weights = adapter.weights  # read once, since another thread may drop them from host memory
             slot = None if weights is None else self._free_slot()
             if slot is None:
                 return None
@@ -75,12 +75,12 @@ class Slots:
         assert adapter.users >= 0, adapter.name
 
     def forget(self, adapter: Adapter) -> None:
-        """Nobody will ask for this version again: its slot is free once no row uses it."""
+        """Free the version's slot once no row uses it; no new row will."""
         adapter.pinned = False
         if adapter.slot is not None and not adapter.users:
             self._evict(adapter)
         elif adapter.slot is not None:
-            # The first to go, when its rows are done.
+            # The first to be evicted when its rows are done.
             self._resident = {adapter.slot: self._resident.pop(adapter.slot), **self._resident}
 
     def resident(self) -> Mapping[int, Adapter]:

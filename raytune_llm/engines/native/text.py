@@ -1,7 +1,7 @@
-"""Tokens of an answer -> its text, as it comes: whole characters only, and nothing of a stop string.
+"""Incremental detokenizing of an answer, in whole characters and without stop strings.
 
-A token may end in the middle of a character (byte-level vocabularies), and a stop string may span several tokens. So text
-is held back while it is incomplete, or while it may still become a stop string.
+A token may end within a character (byte-level vocabularies), and a stop string may span several tokens. So text is held back
+while its last character is incomplete, or while it may become a stop string.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from raytune_llm.engines.requests import Request
 
 REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character yet."""
+"""The character that decoders write for bytes that are not a complete character."""
 MAX_HELD_TOKENS = 8
-"""Bytes that are no character after so many tokens never become one."""
+"""After this many tokens, bytes that are not a character are given out as they are."""
 
 
 class TextStream:
-    """The text of one answer. `push` takes tokens and gives the text that is certain by then."""
+    """The text of one answer. `push` takes a token and returns the text that is final by then."""
 
     def __init__(
         self,
@@ -29,33 +29,33 @@ class TextStream:
         min_tokens: int = 0,
         after: Sequence[int] = (),
     ) -> None:
-        """shown_ids: special tokens that are part of the text. min_tokens: stop strings are looked for in what follows so many.
-        after: tokens of a text that the answer goes on with. Without them a first token loses the space that it may begin with.
+        """shown_ids: special tokens that are part of the text. min_tokens: stop strings are ignored in this many first tokens.
+        after: the tokens of a text that the answer continues. Without them, the first token would lose its leading space.
         """
         self._tokenizer = tokenizer
         self._hidden = _special_ids(tokenizer).difference(shown_ids) if shown_ids else None
-        """Tokens that are no part of the text. None: all special ones."""
+        """Tokens that are not part of the text. None: all special tokens."""
         self._stop = tuple(filter(None, stop))
         self._ids: list[int] = list(after[-MAX_HELD_TOKENS:])
         self._unstopped = len(self._ids) + min_tokens
         self._start, self._decoded = 0, len(self._ids)
-        """Tokens from `_start` on are decoded together, because their text can depend on the ones before; those up to `_decoded`
-        are published."""
+        """Tokens from `_start` on are decoded together, because a token's text can depend on the ones before. The text of those
+        up to `_decoded` was given out."""
         self._held = ""
         self.text = ""
         """What was given out."""
         self.stopped: str | None = None
-        """The stop string that ended it. It is not part of the text."""
+        """The stop string that ended the answer, which is not part of the text."""
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; empty once a stop string came."""
+        """The text that is final with this token; empty after a stop string."""
         if self.stopped is not None:
             return ""
         self._ids.append(token)
         return self._give(self._held + self._new_text(final=False), final=False)
 
     def finish(self) -> str:
-        """What was held back, where the answer ends here."""
+        """The text that was held back, at the end of the answer."""
         if self.stopped is not None:
             return ""
         return self._give(self._held + self._new_text(final=True), final=True)
@@ -98,5 +98,5 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the text's end that are a beginning of `stop`, but not all of it."""
+    """The number of characters at the text's end that are a proper prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
