@@ -14,6 +14,8 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.report.metrics import non_finite_as_strings
 from raytune_llm.report.plots import save
 
+IN_TABLE = "in_table"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -26,9 +28,10 @@ class Score:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Score:
-        """As results.json has it, which doesn't say what is in the table."""
-        beside = {name: value for name, value in values.items() if name not in ("score", "stderr")}
-        return cls(float(values["score"]), None if values["stderr"] is None else float(values["stderr"]), beside)
+        """As results.json has it, which doesn't say what is in the table, or as SCORES, which does."""
+        beside = {name: value for name, value in values.items() if name not in ("score", "stderr", IN_TABLE)}
+        stderr = None if values["stderr"] is None else float(values["stderr"])
+        return cls(float(values["score"]), stderr, beside, values.get(IN_TABLE, True))
 
     def to_json(self) -> dict[str, Any]:
         return {"score": self.value, "stderr": self.stderr, **self.beside}
@@ -57,6 +60,8 @@ class Shown:
 
 RESULTS, TABLE, PICTURE = "results.json", "results.md", "results.png"
 MADE_FROM = "made_from"
+SCORES = "scores.json"
+"""One model's, beside its answers: an evaluation that ended before its last model resumes after them."""
 
 
 def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
@@ -67,10 +72,7 @@ def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
     try:
         found = json.loads((folder / RESULTS).read_text())
         then = dict(found[MADE_FROM])
-        scores = {
-            model: {task: {name: Score.from_json(one) for name, one in scores.items()} for task, scores in tasks.items()}
-            for model, tasks in found["models"].items()
-        }
+        scores = {model: _scores(tasks) for model, tasks in found["models"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         then, scores = {}, None
     now = json.loads(json.dumps(made_from))
@@ -79,6 +81,32 @@ def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
         rule = f"must hold no results of an earlier evaluation{how}"
         raise ConfigError("output_dir", rule, got=str(folder), fix=f"Choose another one, or remove {RESULTS}.")
     return scores if all((folder / name).is_file() for name in (TABLE, PICTURE)) else None
+
+
+def _scores(tasks: Mapping[str, Any]) -> TaskScores:
+    return {task: {name: Score.from_json(one) for name, one in scores.items()} for task, scores in tasks.items()}
+
+
+def found_scores(folder: Path, made_from: Mapping[str, Any]) -> tuple[Mapping[str, Any], TaskScores] | None:
+    """What results.json says of the protocol, and one model's scores, as write_scores wrote them; None: there are none of these
+    settings and files."""
+    try:
+        found = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        if found[MADE_FROM] != json.loads(json.dumps(made_from)):
+            return None
+        return found["protocol"], _scores(found["scores"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def write_scores(folder: Path, protocol: Mapping[str, Any], made_from: Mapping[str, Any], scores: TaskScores) -> None:
+    """One model's, when it has been asked everything."""
+    plain = {
+        task: {name: {**score.to_json(), IN_TABLE: score.in_table} for name, score in of_task.items()}
+        for task, of_task in scores.items()
+    }
+    values = non_finite_as_strings({"protocol": protocol, "scores": plain, MADE_FROM: made_from})
+    write_atomically(folder / SCORES, json.dumps(values, ensure_ascii=False, default=str, allow_nan=False) + "\n")
 
 
 def write_results(folder: Path, protocol: Mapping[str, Any], made_from: Mapping[str, Any], shown: Shown, scores: Scores) -> None:

@@ -14,7 +14,18 @@ from raytune_llm.engines.questions import Answering
 from raytune_llm.errors import ResourceError
 from raytune_llm.evaluate.choices import Choices
 from raytune_llm.evaluate.models import Group, groups_of, rendering
-from raytune_llm.evaluate.results import PICTURE, RESULTS, TABLE, Scores, Shown, TaskScores, found_results, write_results
+from raytune_llm.evaluate.results import (
+    PICTURE,
+    RESULTS,
+    TABLE,
+    Scores,
+    Shown,
+    TaskScores,
+    found_results,
+    found_scores,
+    write_results,
+    write_scores,
+)
 from raytune_llm.predict.answering import EngineSettings, answering
 from raytune_llm.runs.contents import adapter_contents, model_contents
 from raytune_llm.runs.output import full_disk_explained
@@ -22,6 +33,7 @@ from raytune_llm.runs.owner import check_writable, owned
 
 OnProgress = Callable[[int, int], None]
 """Called with the questions that are answered and those in all."""
+MODELS = "the models"
 FILES = ("run.yaml", RESULTS, TABLE, PICTURE)
 """What the output folder gets beside the answers."""
 
@@ -98,15 +110,39 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
     engines = [EngineSettings(group.model, run.quantization, run.engine, group.served(run.evaluate)) for group in groups]
     for engine in engines:
         engine.check()
-    with owned(folder), full_disk_explained(folder, then="the same command asks again"):
+    with owned(folder), full_disk_explained(folder, then="the same command resumes after the models that were asked"):
         (folder / "run.yaml").write_text(to_yaml(run))
-        scores: dict[str, TaskScores] = {}
+        known = _kept(folder, groups, made_from)
+        if known:
+            progress(benchmarks.questions * len(known))
         for group, engine in zip(groups, engines, strict=True):
-            with answering(engine, run.resources) as answer:
-                for name, adapter in group.names:
-                    scores[name] = benchmarks.scores(group, adapter, answer, progress, folder / "answers" / name)
-        write_results(folder, benchmarks.facts, made_from, benchmarks.shown, scores)
-    return Evaluated(folder, scores)
+            if left := [(name, adapter) for name, adapter in group.names if name not in known]:
+                with answering(engine, run.resources) as answer:
+                    for name, adapter in left:
+                        place = _answers(folder, name)
+                        scores = benchmarks.scores(group, adapter, answer, progress, place)
+                        write_scores(place, benchmarks.facts, _of_model(made_from, name), scores)
+                        known[name] = benchmarks.facts, scores
+        facts, _ = next(iter(known.values()))  # the same for each
+        all_scores = {name: known[name][1] for group in groups for name, _ in group.names}
+        write_results(folder, facts, made_from, benchmarks.shown, all_scores)
+    return Evaluated(folder, all_scores)
+
+
+def _answers(folder: Path, name: str) -> Path:
+    return folder / "answers" / name
+
+
+def _kept(folder: Path, groups: Sequence[Group], made_from: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], TaskScores]]:
+    """What results.json says of the protocol, and the scores, of models that an evaluation had asked before it ended."""
+    names = [name for group in groups for name, _ in group.names]
+    found = ((name, found_scores(_answers(folder, name), _of_model(made_from, name))) for name in names)
+    return {name: one for name, one in found if one is not None}
+
+
+def _of_model(made_from: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What one model's scores depend on."""
+    return {**made_from, MODELS: made_from[MODELS][name]}
 
 
 def _made_from(run: EvaluateRun, groups: Sequence[Group], benchmarks: Benchmarks) -> dict[str, Any]:
@@ -121,6 +157,6 @@ def _made_from(run: EvaluateRun, groups: Sequence[Group], benchmarks: Benchmarks
         **{f"evaluate.{name}": value for name, value in plain["evaluate"].items() if name not in ("models", "data")},
         "quantization": plain["quantization"],
         "engine": plain["engine"]["name"],
-        "the models": models,
+        MODELS: models,
         "the tasks": benchmarks.contents,
     }

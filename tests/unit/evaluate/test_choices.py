@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -173,13 +174,42 @@ def test_an_evaluation_that_ended_early_has_no_results_and_is_asked_again(model,
             api.evaluate(load_config("evaluate", [*words, "evaluate.precision=fp32"]), on_progress=stop)
     else:
         full = pytest.raises(
-            ResourceError, match=r"Free some space, or set output_dir on a larger disk; the same command asks again"
+            ResourceError, match=r"Free some space, or set output_dir on a larger disk; the same command resumes after"
         )
         with no_file_larger_than(3_000), full:
             evaluated(model, benchmark, tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
     done = evaluated(model, benchmark, tmp_path / "out")
     assert not done.found and done.scores["planted"]["mmlu_test"]["Average"].value == 0.5
+
+
+def test_models_that_were_asked_before_an_interrupt_are_not_asked_again(model, benchmark, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    words = [f"evaluate.data={benchmark}", "evaluate.tasks=[mmlu_test]", "evaluate.precision=fp32"]
+    run = load_config("evaluate", [f"evaluate.models=[{model}, {other}]", f"output_dir={tmp_path / 'out'}", *words])
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        if done > 8:  # questions of a model
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.evaluate(run, on_progress=stop)
+    done = api.evaluate(run, on_progress=lambda done, total: seen.append(done))
+    assert seen == [8, 16]
+    files = {name: (done.folder / name).read_text() for name in ("results.json", "results.md")}
+    whole = api.evaluate(replace(run, output_dir=str(tmp_path / "whole"))).folder
+    assert files == {name: (whole / name).read_text() for name in files}
+
+
+def test_a_model_that_has_changed_since_an_interrupt_is_asked_again(model, benchmark, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "planted")
+    evaluated(folder, benchmark, tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()
+    changed: Any = AutoModelForCausalLM.from_pretrained(folder)
+    changed.lm_head.weight.data.neg_()
+    changed.save_pretrained(folder)
+    assert evaluated(folder, benchmark, tmp_path / "out").scores["planted"]["mmlu_test"]["Average"].value != 0.5
 
 
 @pytest.mark.parametrize("name", ["results.md", "results.png"])
