@@ -108,6 +108,8 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     replaces = settings.overwrite
     if made_from(place) == now:
         if is_whole(place):
+            with suppress(ConfigError), _beside(place):  # clears what a killed export left; not of one that is running
+                pass
             return _found(place, settings, source)
         replaces = True
     place_of(settings.output_dir, overwrite=replaces)

@@ -246,6 +246,14 @@ def test_a_repeated_export_of_which_a_file_was_lost_or_cut_is_written_again(base
     assert exported(base, tmp_path / "out", "export.check=false").found
 
 
+def test_a_repeated_export_that_is_kept_clears_what_a_killed_one_left(base, tmp_path):
+    exported(base, tmp_path / "out", "export.check=false")
+    (tmp_path / ".out-export" / "new").mkdir(parents=True)
+    (tmp_path / ".out-export" / "new" / "model.safetensors").write_text("half")
+    assert exported(base, tmp_path / "out", "export.check=false").found
+    assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_is_exported_is_not_replaced_by_its_export(base, tmp_path):
     first = exported(base, tmp_path / "first", "export.check=false").place
     inner = shutil.copytree(base, first / "inner")
