@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raytune_llm.config.evaluate import EvaluateConfig
-from raytune_llm.config.plain import as_plain, to_yaml
+from raytune_llm.config.plain import as_plain, read_yaml, to_yaml
 from raytune_llm.config.run import EvaluateRun
 from raytune_llm.engines.questions import Answering
-from raytune_llm.errors import ResourceError
+from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.evaluate.choices import Choices
 from raytune_llm.evaluate.models import Group, groups_of, rendering
 from raytune_llm.evaluate.results import (
@@ -34,7 +34,8 @@ from raytune_llm.runs.owner import check_writable, owned
 OnProgress = Callable[[int, int], None]
 """Called with the questions that are answered and those in all."""
 MODELS = "the models"
-FILES = ("run.yaml", RESULTS, TABLE, PICTURE)
+RUN = "run.yaml"
+FILES = (RUN, RESULTS, TABLE, PICTURE)
 """What the output folder gets beside the answers."""
 
 
@@ -92,6 +93,7 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
     assert run.output_dir is not None
     folder = Path(run.output_dir)
     check_writable(folder, *FILES)
+    _check_no_run(folder)
     groups = groups_of(run)
     benchmarks = PROTOCOLS[run.evaluate.protocol](run.evaluate)
     made_from = _made_from(run, groups, benchmarks)
@@ -111,7 +113,7 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
     for engine in engines:
         engine.check()
     with owned(folder), full_disk_explained(folder, then="the same command resumes after the models that were asked"):
-        (folder / "run.yaml").write_text(to_yaml(run))
+        (folder / RUN).write_text(to_yaml(run))
         known = _kept(folder, groups, made_from)
         if known:
             progress(benchmarks.questions * len(known))
@@ -127,6 +129,14 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
         all_scores = {name: known[name][1] for group in groups for name, _ in group.names}
         write_results(folder, facts, made_from, benchmarks.shown, all_scores)
     return Evaluated(folder, all_scores)
+
+
+def _check_no_run(folder: Path) -> None:
+    """Raises ConfigError where a training run wrote the run.yaml there."""
+    file = folder / RUN
+    if file.is_file() and "evaluate" not in read_yaml(file, setting="output_dir"):
+        rule = f"must not be the output folder of a run, whose {RUN} an evaluation would replace"
+        raise ConfigError("output_dir", rule, got=str(folder), fix=f"For example, output_dir={folder / 'evaluation'}.")
 
 
 def _answers(folder: Path, name: str) -> Path:

@@ -202,6 +202,15 @@ def test_models_that_were_asked_before_an_interrupt_are_not_asked_again(model, b
     assert files == {name: (whole / name).read_text() for name in files}
 
 
+def test_the_settings_of_a_training_run_are_not_replaced(model, benchmark, tmp_path):
+    run = tmp_path / "out"
+    run.mkdir()
+    (run / "run.yaml").write_text("name: mine\nstage: {name: sft}\n")
+    with pytest.raises(ConfigError, match=r"output_dir must not be the output folder of a run.*out/evaluation"):
+        evaluated(model, benchmark, run)
+    assert (run / "run.yaml").read_text().startswith("name: mine") and len(list(run.iterdir())) == 1
+
+
 def test_a_model_that_has_changed_since_an_interrupt_is_asked_again(model, benchmark, tmp_path):
     folder = shutil.copytree(model, tmp_path / "planted")
     evaluated(folder, benchmark, tmp_path / "out")
