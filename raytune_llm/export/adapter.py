@@ -29,7 +29,7 @@ from raytune_llm.models.score_head import has_separate_head
 
 
 def adapter(source: Source, run: ExportRun) -> Target:
-    """Raises ConfigError for what is not one adapter of a base as its files are."""
+    """Raises ConfigError unless there is exactly one adapter, trained on the unchanged base."""
     dtype = run.export.dtype
     if dtype not in ("auto", *DTYPES):
         rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=adapter"
@@ -84,7 +84,7 @@ def _num_bytes(weights: Path, dtype: torch.dtype | None) -> int:
 
 @torch.no_grad()
 def _outputs_in_peft(folder: Path, source: Source, rows: Rows, device: torch.device) -> Iterator[Tensor]:
-    """By transformers and PEFT as anyone calls them: none of our layers."""
+    """The outputs computed by transformers and PEFT alone, without this project's layers."""
     base = _base(source)
     if source.token_ids:
         base.resize_token_embeddings(source.vocab_size, mean_resizing=False)
@@ -98,7 +98,7 @@ def _outputs_in_peft(folder: Path, source: Source, rows: Rows, device: torch.dev
 def _base(source: Source) -> Any:
     trust = source.model.trust_remote_code
     config = load_config(str(source.folder), {}, trust_remote_code=trust)
-    if is_quantized(config):  # transformers' own readers need each method's package; here they are ordinary weights
+    if is_quantized(config):  # transformers' reader would need the method's package, but these weights are dequantized
         options: dict[str, Any] = {"weights": "pretrained", "dtype": torch.float32, "seed": 0, "scores": source.scores}
         return load_model(config, str(source.folder), trust_remote_code=trust, **options)
     kind: Any = AutoModelForSequenceClassification if source.scores else AutoModelForCausalLM
@@ -107,7 +107,7 @@ def _base(source: Source) -> Any:
 
 
 def _loaded_by(folder: Path, source: Source) -> str:
-    """For the card: how each program loads it, or what the program refuses."""
+    """The card's section on how each program loads the adapter, or why it refuses it."""
     config = json.loads((folder / CONFIG).read_text())
     grown = f", after `base.resize_token_embeddings({source.vocab_size})`" if source.token_ids else ""
     others = (vllm_host.limits_of(vllm_host.RANKS[-1]), sglang_host.limits_of(largest_rank(config) if "r" in config else 1))
@@ -118,7 +118,7 @@ def _loaded_by(folder: Path, source: Source) -> str:
 
 def _said(limits: AdapterLimits, config: Mapping[str, Any]) -> str:
     if found := limits.uncomputed(config):
-        return f"refused; it does not compute {', '.join(f'`{name}`' for name in found)}"
+        return f"refused; it does not support {', '.join(f'`{name}`' for name in found)}"
     rank = largest_rank(config)
     if rank > limits.max_rank:
         return f"refused; ranks are at most {limits.max_rank}, and this one's is {rank}"

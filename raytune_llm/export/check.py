@@ -1,4 +1,4 @@
-"""What was written, held against the base with its adapter on the same rows."""
+"""Comparing an export with the base and its adapter, on the same rows."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from raytune_llm.models.scorer import Scorer
 
 @dataclass(frozen=True)
 class Difference:
-    """How far what was written differs from the base with its adapter, both computed in float32."""
+    """The difference between the export and the base with its adapter, both computed in float32."""
 
     divergence: float
-    """Mean Kullback-Leibler divergence in nats a token; of a reward model, the largest difference of a score."""
+    """The mean Kullback-Leibler divergence in nats per token; for a reward model, the largest difference of a score."""
     max_abs: float
     """The largest difference of a log-probability, or of a score."""
     perplexity: float | None
-    """The perplexity of the rows by what was written; None for a reward model."""
+    """The perplexity of the rows with the export; None for a reward model."""
     perplexity_before: float | None
-    """By the base with its adapter."""
+    """The perplexity of the rows with the base and its adapter; None for a reward model."""
     tokens: int
     rows: str
 
@@ -48,24 +48,25 @@ class Difference:
 
 
 def can_compare(source: Source) -> bool:
-    """False for several adapters, of which nothing else computes the sum."""
+    """Whether a comparison is possible. It is not for several adapters, since nothing else computes their sum."""
     return len(source.adapters) <= 1 and all(factor == 1.0 for _, factor in source.adapters)
 
 
 def compare(
     source: Source, written: Callable[[Rows, torch.device], Iterator[Tensor]], rows: Rows, device: torch.device
 ) -> Difference:
-    """written: outputs of what was written, of each row. Raises DataError where outputs are no finite numbers."""
+    """Compare the export with its source. written: returns the export's outputs for each row. Raises DataError if outputs are not
+    finite."""
     adapter: AdapterConfig | SavedAdapter = NoAdapter(name="none")
     for mergeable, _ in source.adapters:
         adapter = SavedAdapter(path=mergeable.folder, setting=mergeable.setting)
     before = replace(source.model, path=str(source.folder), revision=None)
-    # One model at a time is in memory; the base with its adapter first, which says what is wrong with an adapter of another base.
+    # One model is in memory at a time. The base with its adapter is first, since its errors explain an adapter of another base.
     theirs = list(outputs(before, adapter, rows, device, scores=source.scores, new_ids=source.token_ids))
     _check_numbers(theirs, Path(source.adapters[0][0].folder) if source.adapters else source.folder)
     divergences, differences, tokens, logprobs = [], [], 0, [0.0, 0.0]
     for one, other, ids in zip(written(rows, device), theirs, rows.ids, strict=True):
-        apart = torch.where(one == other, 0.0, other - one)  # what can't be said (-inf) is equal in both
+        apart = torch.where(one == other, 0.0, other - one)  # impossible tokens (-inf) are equal in both
         differences.append(apart.abs().max())
         if not source.scores:
             divergences.append((other.exp() * apart).sum().item())
@@ -73,11 +74,11 @@ def compare(
             for n, values in enumerate((one, other)):
                 logprobs[n] += values.gather(1, targets_T1).sum().item()
         tokens += len(one)
-    largest = torch.stack(differences).max().item()  # NaN, if one is
+    largest = torch.stack(differences).max().item()  # NaN if any is
     if source.scores:
         return _finite(Difference(largest, largest, None, None, tokens, rows.what))
     after, first = (torch.tensor(-logprob / tokens).exp().item() for logprob in logprobs)
-    divergence = sum(divergences) / tokens  # roundings may bring it below 0
+    divergence = sum(divergences) / tokens  # may be slightly negative by rounding
     return _finite(Difference(0.0 if divergence < 0 else divergence, largest, after, first, tokens, rows.what))
 
 
@@ -105,7 +106,8 @@ def outputs(
     scores: bool,
     new_ids: Sequence[int] = (),
 ) -> Iterator[Tensor]:
-    """For each row its log-probabilities [T - 1, V], or its score [1]. new_ids: tokens whose embeddings the adapter has."""
+    """For each row, its log-probabilities [T - 1, V], or its score [1]. new_ids: tokens whose embeddings belong to the
+    adapter."""
     config = load_config(str(model.path), model.config, **model.config_options)
     settings: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": device, "trains": False, "scores": scores}
     settings["first_pieces"] = dict.fromkeys(new_ids, ())

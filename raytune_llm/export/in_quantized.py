@@ -1,7 +1,7 @@
-"""The base that adapters are merged into where `export.into_quantized` asks for a quantized one.
+"""The base for `export.into_quantized`, which merges adapters into dequantized weights.
 
-Its weights are read as the numbers that quantization left of them, a tensor at a time: those that its files hold in few bits, or
-those that the run's own quantization makes of the original ones as it trains.
+They are read tensor by tensor: quantized weights from the base's files, or original weights that are quantized and dequantized as
+in the run's training.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from raytune_llm.models.quantization.formats.compressed import CompressedTensors
 
 SETTING = "export.into_quantized"
 BY_LAYER: dict[str, type[Format]] = {**FORMATS, "compressed-tensors": CompressedTensors}
-"""Whose files a layer's weight can be read from by itself: name of the method -> the format."""
+"""Method -> format, for methods with which a single layer's weight can be read."""
 
 
 class Unpacked:
-    """Files of quantized weights, with the weights that they stand for in their place, which are read in float32."""
+    """Files of quantized weights, read as dequantized float32 tensors."""
 
     def __init__(self, files: Tensors, format: Format, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
-        """shapes: of the model's weights. dtype: of those that are quantized, when they are unpacked."""
+        """shapes: of the model's weights. dtype: of the quantized weights after dequantizing."""
         self._files, self._format = files, format
         self._parts: dict[str, dict[str, str]] = {}
-        """Weight -> its parts -> their names in the files."""
+        """Weight -> {part: name in the files}."""
         for name in (name for name in shapes if name.endswith(".weight")):
             layer = name.removesuffix("weight")
             parts = {part: layer + part for part in format.PARTS if layer + part in files.facts}
@@ -57,7 +57,7 @@ class Unpacked:
 
 
 class Rounded:
-    """Files of original weights, with what a quantization leaves of those of its layers in their place, in float32."""
+    """Files of original weights, of which a quantization's layers are read quantized and dequantized, in float32."""
 
     def __init__(self, files: Tensors, quantization: Quantization, weights: frozenset[str]) -> None:
         self._files, self._quantization, self._weights = files, quantization, weights
@@ -71,8 +71,8 @@ class Rounded:
 def in_quantized(
     files: Tensors, config: PretrainedConfig, trained_in: QuantizationConfig | None, place: str, *, trust_remote_code: bool
 ) -> tuple[Tensors, str]:
-    """The base's tensors, and what to say of them. config: the base's. trained_in: the quantization of the run. place: the base's
-    folder. Raises ConfigError where neither is quantized, or where a layer can't be read by itself."""
+    """The base's tensors, and a sentence about them for the card. config: the base's. trained_in: the quantization of the run.
+    place: the base's folder. Raises ConfigError if neither is quantized, or if single layers can't be read."""
     given: Any = getattr(config, "quantization_config", None)
     model = load_model(
         without_quantization(config),
@@ -93,7 +93,7 @@ def in_quantized(
 
 
 def is_quantized(config: PretrainedConfig) -> bool:
-    """Its files hold weights in few bits."""
+    """Whether the files have quantized weights."""
     return getattr(config, "quantization_config", None) is not None
 
 
@@ -126,7 +126,7 @@ def _unpacked(files: Tensors, model: PreTrainedModel, given: Mapping[str, Any], 
         raise ConfigError("model.path", rule, got=place, fix="Name the model that it was quantized from.")
     return (
         unpacked,
-        f"The base's weights are those that its files hold by {method}: what quantization took off them is off here, too.",
+        f"The base's weights are dequantized from its files ({method}), and so include the error of that quantization.",
     )
 
 
@@ -139,6 +139,6 @@ def _rounded(files: Tensors, model: PreTrainedModel, section: QuantizationConfig
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     weights = frozenset(names[linear] for *_, linear in linears_but(layers(model), quantization.skip_modules))
     return Rounded(files, quantization, weights), (
-        f"The base's weights are what quantization={section.name} leaves of the original ones, as the run trained with. "
-        "The comparison is with the original ones."
+        f"The base's weights were quantized and dequantized by quantization={section.name}, as in the run's training. "
+        "They are compared with the original ones."
     )

@@ -1,4 +1,4 @@
-"""Where an export can be compared with its source: both are computed in float32, one after the other."""
+"""The device on which an export is compared with its source; both are computed in float32, one after the other."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import psutil
 import torch
 
 FREE_TIMES = 1.5
-"""Memory for the model in float32, so many times over."""
+"""The free memory that is needed, in multiples of the model's size in float32."""
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Files of a control group's limit and of what is in use, and the part of that in memory.stat which is given up when memory is
-needed; of cgroup v2 and v1."""
+"""For cgroup v2 and v1: the files with the limit and the usage, and the entry of memory.stat that can be reclaimed."""
 
 
 def device_for(num_numbers: int) -> torch.device | None:
-    """None: there is no memory for a model of so many numbers. A GPU takes it where it has room beside what is there already."""
+    """The device for a model with this many elements: a GPU with enough free memory, else the CPU; None: no memory."""
     return _device(int(4 * FREE_TIMES * num_numbers), host_free_bytes(), _gpu_free_bytes())
 
 
 def _device(needed: int, host_free: int, gpu_free: int | None) -> torch.device | None:
-    """A model is read into the host's memory on its way to a GPU."""
+    """Also checks the host's memory for a GPU, since a model is read into it first."""
     if host_free <= needed:
         return None
     return torch.device("cuda" if gpu_free is not None and gpu_free > needed else "cpu")
@@ -39,7 +38,7 @@ def _gpu_free_bytes() -> int | None:
 
 
 def host_free_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
-    """What this process may still take: of the machine's memory, and of the limits of its control groups (a container's)."""
+    """The free host memory in bytes, within the limits of the process's control groups (its container)."""
     return min([psutil.virtual_memory().available, *_free_in_groups(cgroups, own)])
 
 
@@ -57,7 +56,7 @@ def _free_in_groups(cgroups: Path, own: Path) -> list[int]:
 
 
 def _groups(cgroups: Path, own: Path) -> set[Path]:
-    """The process's groups and those around them, as far as they can be seen from here."""
+    """The process's control groups and their parents, as far as they are visible."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -73,6 +72,6 @@ def _groups(cgroups: Path, own: Path) -> set[Path]:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or of the host, also where another error tells of it."""
+    """Whether the error, or one that caused it, is about a lack of GPU or host memory."""
     told = any(text in str(error) for text in ("DefaultCPUAllocator", os.strerror(errno.ENOMEM)))
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)

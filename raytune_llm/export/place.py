@@ -1,4 +1,4 @@
-"""Where an export goes: a folder that is not there, an empty one, or the place of an earlier export."""
+"""The folder of an export: a new or empty one, or that of an earlier export."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from raytune_llm.export.source import Source
 from raytune_llm.runs.owner import check_writable
 
 EXPORTED = "export.json"
-"""The figures of the card. A folder with it is an export."""
+"""The file with the card's figures, by which an export is recognized."""
 MADE_FROM, WEIGHTS, OTHERS = "made_from", "weights", "files"
-"""In it: all that the export depends on, the sizes of its weights by name, and the names of its other files."""
+"""Its keys: everything on which the export depends, the sizes of its weight files by name, and the names of its other files."""
 MOUNTS = Path("/proc/self/mountinfo")
 
 
 def place_of(output_dir: str, *, overwrite: bool) -> Path:
-    """The folder that is written, links followed. Raises ConfigError where an export can't go."""
+    """The folder to write, with links resolved. Raises ConfigError if an export can't be written there."""
     try:
         place = Path(output_dir).resolve()
         check_writable(place.parent)
         if place.exists():
             _check_there(place, overwrite=overwrite)
-    except (OSError, RuntimeError) as error:  # links that lead in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError: a cycle of links
         raise _refused(f"must be a folder that can be written ({error})", output_dir) from None
     except ConfigError as error:
         raise _refused(error.rule, output_dir, error.fix) from None
@@ -36,20 +36,20 @@ def _check_there(place: Path, *, overwrite: bool) -> None:
     if not place.is_dir():
         raise _refused("must be a folder", str(place))
     if _is_mounted(place):
-        rule = "must be no mount point: the folder is replaced as a whole, when the export is"
+        rule = "must not be a mount point, since the folder is replaced as a whole"
         raise _refused(rule, str(place), f"Name a folder in it: export.output_dir={place}/model.")
     if any(place.iterdir()):
         is_export = (place / EXPORTED).is_file()
         if not is_export:
-            rule = f"must be empty or not there, or an earlier export, with its {EXPORTED}"
+            rule = f"must be empty, new, or an earlier export with its {EXPORTED}"
             raise _refused(rule, str(place))
         if not overwrite:
             fix = "Choose another one, or set export.overwrite=true."
-            raise _refused("must be empty, or not there", str(place), fix)
+            raise _refused("must be empty or new", str(place), fix)
 
 
 def made_from(place: Path) -> dict[str, Any]:
-    """What the export there was made from, as its EXPORTED says; empty where none is there."""
+    """What the existing export was made from, according to its EXPORTED; empty if there is none."""
     try:
         return dict(json.loads((place / EXPORTED).read_text())[MADE_FROM])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -57,7 +57,7 @@ def made_from(place: Path) -> dict[str, Any]:
 
 
 def is_whole(place: Path) -> bool:
-    """Whether all files are there that its EXPORTED names, weights in their sizes. Others may have been edited."""
+    """Whether all files that its EXPORTED names exist, weights with their sizes. Other files may have been edited."""
     try:
         wrote = json.loads((place / EXPORTED).read_text())
         weights, others = dict(wrote.get(WEIGHTS, {})), list(wrote.get(OTHERS, ()))
@@ -68,7 +68,7 @@ def is_whole(place: Path) -> bool:
 
 
 def check_apart(place: Path, source: Source) -> None:
-    """Raises ConfigError where what is exported lies in the place that the export takes."""
+    """Raises ConfigError if the export's folder contains what is exported."""
     adapters = [*source.under, *(adapter for adapter, _ in source.adapters)]
     for used in filter(None, (source.folder, source.beside, *(Path(adapter.folder) for adapter in adapters))):
         if used.resolve().is_relative_to(place):
@@ -80,7 +80,7 @@ def _refused(rule: str, got: str, fix: str = "Choose another one.") -> ConfigErr
 
 
 def _is_mounted(place: Path) -> bool:
-    """Also where the same disk is mounted again, which its number doesn't tell."""
+    """Whether the folder is a mount point, including bind mounts of the same disk, which st_dev does not show."""
     if os.path.ismount(place):
         return True
     try:

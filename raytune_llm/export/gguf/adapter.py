@@ -1,4 +1,4 @@
-"""`export.format=gguf_lora`: a LoRA adapter as a GGUF file of its own, which llama.cpp puts on a GGUF of the base
+"""`export.format=gguf_lora`: a LoRA adapter as a separate GGUF file, which llama.cpp applies to a GGUF file of the base
 (`llama-server --model base.gguf --lora adapter-F32.gguf`).
 """
 
@@ -30,7 +30,7 @@ FILE_A, FILE_B = ".weight.lora_a", ".weight.lora_b"
 
 @dataclass(frozen=True)
 class Stored:
-    """A layer's A and B in the file: B's rows as llama.cpp orders them."""
+    """A layer's A and B in the file. B's rows are in llama.cpp's order."""
 
     layer: str
     """Its name in the model."""
@@ -40,8 +40,8 @@ class Stored:
 
 
 def gguf_lora(source: Source, run: ExportRun) -> Target:
-    """Raises ConfigError for an adapter that is more than LoRA of linear layers, and for a base that llama.cpp would compute
-    otherwise than transformers does."""
+    """Raises ConfigError for an adapter that is more than LoRA on linear layers, and for a base that llama.cpp computes
+    differently from transformers."""
     dtype = run.export.dtype if run.export.dtype != "auto" else "fp32"
     if dtype not in DTYPES:
         rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=gguf_lora"
@@ -77,7 +77,7 @@ def _stored(source: Source, family: Family) -> list[Stored]:
     for layer, pair in read(adapter.folder, adapter.setting, fix=fix).items():
         name = names.get_name(layer)
         if name is None or (source.ties_head and name == "output"):
-            rule = f"must be on layers that llama.cpp's files of the base have, with export.format=gguf_lora: {layer} is none"
+            rule = f"must be on layers that llama.cpp's files of the base have, with export.format=gguf_lora: {layer} is not one"
             raise ConfigError(adapter.setting, rule, got=adapter.folder, fix=fix)
         b_OR = family.change(f"{layer}.weight", pair.b_OR, source.config)
         found.append(Stored(layer, name, Pair(pair.a_RK, b_OR, factor * pair.scale)))
@@ -112,7 +112,7 @@ def _write(
 def _outputs(
     file: Path, source: Source, family: Family, layers: Sequence[Stored], rows: Rows, device: torch.device
 ) -> Iterator[Tensor]:
-    """Of the adapter in the file, put back into PEFT's form."""
+    """The outputs with the adapter in the file, converted back to PEFT's format."""
     reader = GGUFReader(file)
     found = {tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in reader.tensors}
     alpha = float(reader.fields[Keys.Adapter.LORA_ALPHA].contents())

@@ -20,20 +20,20 @@ from transformers import LlamaConfig, PretrainedConfig
 from raytune_llm.errors import ConfigError
 
 Change = Callable[[str, Tensor, Any], Tensor]
-"""A tensor, by its name in transformers, as llama.cpp wants it; with the model's config."""
+"""(tensor's name in transformers, tensor, the model's config) -> the tensor as llama.cpp needs it."""
 
 
 @dataclass(frozen=True)
 class Family:
     architecture: MODEL_ARCH
     describe: Callable[[GGUFWriter, Any], None]
-    """Adds to the metadata, beyond what all have."""
+    """Adds the family's metadata to that of all families."""
     change: Change
     refuse: Callable[[Any], str | None]
-    """Why a config can't be computed by llama.cpp."""
+    """(config) -> why llama.cpp can't compute it; None if it can."""
 
     read_as: Callable[[Any], PretrainedConfig] = copy.deepcopy
-    """The config that transformers' reader of GGUF takes for it."""
+    """The config class that transformers' GGUF reader uses for it."""
 
     @property
     def architecture_name(self) -> str:
@@ -45,7 +45,7 @@ def _same(name: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
-    """Queries and keys with the two halves of a head's rotary pairs side by side: llama.cpp rotates neighbours in this family."""
+    """Interleave the rotary pairs of each head's queries and keys, since llama.cpp rotates adjacent elements in this family."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     number = next((heads[part] for part in heads if f".{part}." in name), None)
     if number is None:
@@ -55,7 +55,7 @@ def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def _norms_plus_one(name: str, tensor: Tensor, config: Any) -> Tensor:
-    """Gemma's norms multiply by 1 + weight; llama.cpp by the weight of the file."""
+    """Add 1 to norms: Gemma multiplies by 1 + weight, llama.cpp by the weight in the file."""
     return tensor.float() + 1 if name.endswith("norm.weight") else tensor
 
 
@@ -74,35 +74,35 @@ def _gemma2(writer: GGUFWriter, config: Any) -> None:
 
 
 def _gemma3_refuses(config: Any) -> str | None:
-    """What llama.cpp does not read from the file."""
+    """The config's properties that llama.cpp does not read from the file."""
     expected = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
     if config.query_pre_attn_scalar != expected:
         return f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}, where llama.cpp takes {expected}"
     if config.attn_logit_softcapping is not None or config.final_logit_softcapping is not None:
-        return "it has soft caps"
+        return "it has softcaps"
     if config.rope_parameters["sliding_attention"] != {"rope_type": "default", "rope_theta": 10000.0}:
         return "its layers with a window have other rotary positions than the usual 10,000"
     if getattr(config, "use_bidirectional_attention", False):
-        return "it attends to what comes after, too"
+        return "its attention is bidirectional"
     is_full = [kind == "full_attention" for kind in config.layer_types]
     return None if is_full == [n % 6 == 5 for n in range(len(is_full))] else "not every sixth layer is one without a window"
 
 
 def _phi3_refuses(config: Any) -> str | None:
     if rope(config).get("partial_rotary_factor", 1.0) != 1.0:
-        return "it rotates a part of each head (partial_rotary_factor)"
+        return "it rotates only a part of each head (partial_rotary_factor)"
     return _slides(config)
 
 
 def _slides(config: Any) -> str | None:
-    """llama.cpp attends over all that came before in this family."""
+    """llama.cpp has no sliding windows in this family."""
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings or (kinds and "sliding_attention" not in kinds):
         return None
     if not kinds and getattr(config, "use_sliding_window", True) is False:
         return None
-    return f"its layers look back {window} tokens only (sliding_window), which llama.cpp does not do in this family"
+    return f"its layers have a sliding window of {window} tokens, which llama.cpp does not support in this family"
 
 
 def _llama_refuses(config: Any) -> str | None:
@@ -120,13 +120,13 @@ def _gemma2_refuses(config: Any) -> str | None:
     if config.query_pre_attn_scalar != expected:
         return f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}, where llama.cpp takes {expected}"
     if config.attn_logit_softcapping is None or config.final_logit_softcapping is None:
-        return "it has no soft caps"
+        return "it has no softcaps"
     alternates = [kind == "sliding_attention" for kind in config.layer_types]
     return None if alternates == [n % 2 == 0 for n in range(len(alternates))] else "its layers don't alternate between windows"
 
 
 def _as_llama(config: Any) -> PretrainedConfig:
-    """Without a sliding window, Mistral is computed as Llama."""
+    """Without a sliding window, Mistral is computed like Llama."""
     return LlamaConfig.from_dict({**config.to_dict(), "model_type": "llama"})
 
 
@@ -143,19 +143,19 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: Any, got: str) -> Family:
-    """Raises ConfigError where llama.cpp would not compute the model as transformers does."""
+    """The family of the model. Raises ConfigError if llama.cpp computes the model differently from transformers."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise _impossible(f"{config.model_type} is none of {', '.join(FAMILIES)}", got)
+        raise _impossible(f"{config.model_type} is not one of {', '.join(FAMILIES)}", got)
     if (why := family.refuse(config)) is not None:
         raise _impossible(why, got)
     if (kind := rope(config).get("rope_type", "default")) not in ROPES:
-        raise _impossible(f"its rotary positions are scaled by {kind}, which is none of {', '.join(ROPES)}", got)
+        raise _impossible(f"its rotary positions are scaled by {kind}, which is not one of {', '.join(ROPES)}", got)
     return family
 
 
 def describe(writer: GGUFWriter, family: Family, config: Any) -> None:
-    """The metadata of the model's shape."""
+    """Write the metadata of the model's shape."""
     head = head_dim(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
@@ -179,7 +179,7 @@ def head_dim(config: Any) -> int:
 
 
 def rope(config: Any) -> Mapping[str, Any]:
-    """The rotary positions; those of layers without a window, where others have their own."""
+    """The config's rotary parameters. If layers with a sliding window have others, these are those of the full layers."""
     parameters = config.rope_parameters
     return parameters.get("full_attention", parameters)
 
@@ -198,11 +198,11 @@ ROPES: Mapping[str, Callable[[GGUFWriter, Mapping[str, Any], Any], None]] = {
     "linear": _linear,
     "llama3": _plain,
 }
-"""How rotary positions are scaled. llama3: by a tensor of its own, `rope_factors`."""
+"""Type of RoPE scaling -> writes its metadata. llama3 needs a tensor instead, `rope_factors`."""
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """float32 [head_dim / 2]: what Llama 3.1 divides each rotary frequency by (transformers' _compute_llama3_parameters)."""
+    """The divisor of each rotary frequency in Llama 3.1, float32 [head_dim / 2] (transformers' _compute_llama3_parameters)."""
     parameters = rope(config)
     if parameters.get("rope_type") != "llama3":
         return None

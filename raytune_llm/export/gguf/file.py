@@ -1,4 +1,4 @@
-"""`export.format=gguf`: one file for llama.cpp, LM Studio and Ollama, written a tensor at a time."""
+"""`export.format=gguf`: one file for llama.cpp, LM Studio and Ollama, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from raytune_llm.export.target import OnBytes, Target
 from raytune_llm.export.tensors import converted
 
 BLOCK = 32
-"""Numbers that share a scale in Q8_0."""
+"""The number of elements that share a scale in Q8_0."""
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the matrices of a file are stored as."""
+    """The type in which a file's matrices are stored."""
 
     quantization: GGMLQuantizationType
     file_type: LlamaFileType
@@ -69,7 +69,7 @@ class Stored:
 
 
 def gguf(source: Source, run: ExportRun) -> Target:
-    """Raises ConfigError for a model that llama.cpp would not compute as transformers does."""
+    """Raises ConfigError for a model that llama.cpp computes differently from transformers."""
     settings = run.export
     got = str(source.folder)
     if source.scores:
@@ -116,7 +116,7 @@ def _tensors(source: Source, family: Family, matrices: GGMLQuantizationType) -> 
         found.append(Stored(ROPE_FACTORS, None, tuple(factors.shape), GGMLQuantizationType.F32))
     for fact in source.outputs(torch.float32):
         if fact.name.endswith("rotary_emb.inv_freq"):
-            continue  # old files have it; it follows from the config
+            continue  # only in old files; it is computed from the config
         name = names.get_name(fact.name, try_suffixes=(".weight", ".bias"))
         if name is None:
             fix = "Export it as hf."
@@ -133,7 +133,7 @@ def _tensors(source: Source, family: Family, matrices: GGMLQuantizationType) -> 
 
 
 def _kind_of(shape: tuple[int, ...], matrices: GGMLQuantizationType) -> GGMLQuantizationType:
-    """As llama.cpp's own converter: vectors are float32, and rows that don't fill blocks float16."""
+    """The type of a tensor, as in llama.cpp's converter: float32 for vectors, and float16 for rows that don't fill blocks."""
     if len(shape) == 1:
         return GGMLQuantizationType.F32
     in_blocks = matrices is GGMLQuantizationType.Q8_0
@@ -170,7 +170,7 @@ def _write(
 
 
 def _bytes_of(tensor: Stored, source: Source, family: Family) -> np.ndarray:
-    """uint8, of the shape that its fact says."""
+    """The tensor's bytes, uint8."""
     if tensor.source is None:
         value = rope_factors(source.config)
         assert value is not None
@@ -180,7 +180,7 @@ def _bytes_of(tensor: Stored, source: Source, family: Family) -> np.ndarray:
 
 
 def encoded(name: str, value: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    """The float32 tensor as the file has it. Raises ConfigError where float16 can't hold a value."""
+    """The float32 tensor in the file's type. Raises ConfigError if float16 can't represent a value."""
     if kind is GGMLQuantizationType.F16:
         converted(name, value, torch.float16)
     return quantize(value.contiguous().numpy(), kind)
@@ -188,7 +188,7 @@ def encoded(name: str, value: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
 
 @torch.no_grad()
 def _outputs(folder: Path, config: Any, rows: Rows, device: torch.device) -> Iterator[Tensor]:
-    """Of the one GGUF file there: by transformers' reader, which takes weights from the file, with the model's own config."""
+    """The outputs of the folder's GGUF file, whose weights transformers reads, with the model's own config."""
     transformers.logging.disable_progress_bar()
     (file,) = folder.glob("*.gguf")
     dense = GgufConfig(dequantize=True)

@@ -1,4 +1,4 @@
-"""GGUF in fewer bits, by llama.cpp's own program `llama-quantize`."""
+"""GGUF files with fewer bits, by llama.cpp's program `llama-quantize`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.export.target import OnBytes, Target
 
 SAID_LINES = 3
-"""Of what the program printed last, for an error."""
+"""The number of the program's last lines that an error shows."""
 MAX_KL = 0.5
-"""In nats a token, where export.max_kl is null."""
+"""The default of export.max_kl, in nats per token."""
 
 
 def in_fewer_bits(whole: Target, program: str, dtype: str) -> Target:
-    """The file of `whole`, as the program makes it smaller. Raises ConfigError where the program is not there."""
+    """The target that quantizes the file of `whole` with the program. Raises ConfigError if the program does not exist."""
     found = found_program(program)
 
     def write(folder: Path, on_bytes: OnBytes) -> None:
@@ -30,7 +30,7 @@ def in_fewer_bits(whole: Target, program: str, dtype: str) -> Target:
 
 
 def found_program(program: str) -> str:
-    """Raises ConfigError where it is not there."""
+    """Raises ConfigError if the program does not exist."""
     found = shutil.which(str(Path(program).expanduser()))
     if found is None:
         fix = "Build llama.cpp, or unpack one of its releases, and name the llama-quantize there."
@@ -39,7 +39,7 @@ def found_program(program: str) -> str:
 
 
 def _quantize(program: str, whole: Path, place: Path, dtype: str) -> None:
-    """Write the GGUF file `whole` to `place` in that dtype. Raises ResourceError with what the program said if it fails."""
+    """Quantize the GGUF file `whole` to `place`. Raises ResourceError with the program's output if it fails."""
     command = [program, str(whole), str(place), dtype.upper()]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")

@@ -1,4 +1,4 @@
-"""A tokenizer as the metadata of a GGUF file, so that llama.cpp cuts a text into the same tokens.
+"""A tokenizer as the metadata of a GGUF file, such that llama.cpp produces the same tokens.
 
 llama.cpp knows the expressions that split a text only by names of its own (tokenizer.ggml.pre). Which name a tokenizer has is
 read from its tokenizer.json; one that splits by another expression is refused, since it would get other tokens.
@@ -20,30 +20,30 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{
 SPLITS = {SPLIT.replace("DIGITS", r"\p{N}{1,3}"): "llama-bpe", SPLIT.replace("DIGITS", r"\p{N}"): "qwen2"}
 """llama.cpp's name of each expression, as llama-vocab.cpp has them (Llama 3; Qwen 2 to 3)."""
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""What stands for a space in the tokens of SentencePiece."""
+"""The character for a space in SentencePiece's tokens."""
 NO_SCORE = -1000.0
-"""The score of a token that no merge makes: it is never the best one to merge to."""
+"""The score of a token that no merge produces, low enough that llama.cpp never merges to it."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer."""
+    """The metadata of a tokenizer in a GGUF file."""
 
     model: str
     """gpt2: byte-level BPE by merges. llama: SentencePiece's BPE by scores."""
     pre: str
     tokens: Sequence[str]
-    """By id, as many as the model has embeddings."""
+    """Tokens by id, one for each embedding of the model."""
     kinds: Sequence[TokenType]
     merges: Sequence[str]
     scores: Sequence[float]
     special: Mapping[str, int]
-    """Ids by what they are for: bos, eos, eot, eom, unk, pad."""
+    """Special token (bos, eos, eot, eom, unk, pad) -> id."""
     adds_bos: bool
     adds_eos: bool
     adds_space: bool
     chat_template: str | Sequence[Mapping[str, str]] | None
-    """One, or several with their names."""
+    """One chat template, or name -> template."""
 
     def write(self, writer: GGUFWriter) -> None:
         writer.add_tokenizer_model(self.model)
@@ -108,7 +108,7 @@ def _templates(given: str | Mapping[str, str] | None) -> str | Sequence[Mapping[
 
 
 def _pre(described: Mapping[str, Any], got: str) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits a text."""
+    """llama.cpp's name of the regular expression by which a byte-level tokenizer splits a text."""
     steps = described["pre_tokenizer"] or {"type": "none"}
     steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
     match steps:
@@ -127,14 +127,14 @@ def _pre(described: Mapping[str, Any], got: str) -> str:
         raise _unknown("its tokenizer has no merges", got)
     if name != "llama-bpe" and described["model"].get("ignore_merges"):
         raise _unknown(
-            "its tokenizer takes whole words before merges (ignore_merges), which llama.cpp does for Llama 3 alone", got
+            "its tokenizer looks up whole words before merging (ignore_merges), which llama.cpp only does for Llama 3", got
         )
     return name
 
 
 def _scores(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], tokens: Sequence[str], got: str) -> list[float]:
-    """The score of each token: the higher, the sooner llama.cpp merges to it. It merges any two neighbours whose joined text is a
-    token, so the merges must be all that the vocabulary allows."""
+    """The score of each token; llama.cpp merges to the highest first. It merges any two neighbours whose joined text is a token,
+    so this raises ConfigError unless the tokenizer has all these merges."""
     first: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         first.setdefault("".join(merge), rank)

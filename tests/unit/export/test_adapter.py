@@ -42,16 +42,16 @@ def exported(base: Path, place: Path, adapters: dict[str, Path], *settings: str)
 
 CARDS = {
     "lora": (LoraConfig(**LORA), ["vLLM: with LoRA", "SGLang: with LoRA"]),
-    "rslora": (LoraConfig(**LORA, use_rslora=True), ["vLLM: with LoRA", "SGLang: refused; it does not compute `use_rslora`"]),
-    "dora": (LoraConfig(**LORA, use_dora=True), ["vLLM: refused; it does not compute `use_dora`", "SGLang: refused"]),
-    "whole": (LoraConfig(**LORA, modules_to_save=["lm_head"]), ["vLLM: refused; it does not compute `modules_to_save`"]),
+    "rslora": (LoraConfig(**LORA, use_rslora=True), ["vLLM: with LoRA", "SGLang: refused; it does not support `use_rslora`"]),
+    "dora": (LoraConfig(**LORA, use_dora=True), ["vLLM: refused; it does not support `use_dora`", "SGLang: refused"]),
+    "whole": (LoraConfig(**LORA, modules_to_save=["lm_head"]), ["vLLM: refused; it does not support `modules_to_save`"]),
     "large": (
         LoraConfig(**{**LORA, "r": RANKS[-1] + 1, "lora_alpha": RANKS[-1]}),
         ["vLLM: refused; ranks are at most 512", "SGLang: with LoRA"],
     ),
     "oft": (
         OFTConfig(oft_block_size=8, target_modules=TARGETS, init_weights=False, task_type="CAUSAL_LM"),
-        ["vLLM: refused; it does not compute `peft_type`", "SGLang: refused; it does not compute `peft_type`"],
+        ["vLLM: refused; it does not support `peft_type`", "SGLang: refused; it does not support `peft_type`"],
     ),
 }
 

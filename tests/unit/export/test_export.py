@@ -206,11 +206,11 @@ def test_only_an_export_is_replaced(base, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "run.yaml").touch()
-    with pytest.raises(ConfigError, match=r"export\.output_dir must be empty or not there, or an earlier export"):
+    with pytest.raises(ConfigError, match=r"export\.output_dir must be empty, new, or an earlier export"):
         exported(base, run, "export.overwrite=true")
     assert (run / "checkpoints").is_dir()
     exported(base, tmp_path / "out", "export.check=false")
-    with pytest.raises(ConfigError, match=r"must be empty, or not there, .*export\.overwrite=true"):
+    with pytest.raises(ConfigError, match=r"must be empty or new, .*export\.overwrite=true"):
         exported(base, tmp_path / "out", "export.dtype=bf16")
     exported(base, tmp_path / "out", "export.check=false", "export.overwrite=true", "export.dtype=bf16")
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
@@ -224,7 +224,7 @@ def test_a_repeated_export_is_kept_unless_its_adapter_has_changed(base, tmp_path
     assert (again.difference, again.num_bytes) == (first.difference, first.num_bytes)
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: 2 * one for name, one in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"must be empty, or not there"):
+    with pytest.raises(ConfigError, match=r"must be empty or new"):
         exported(base, tmp_path / "out", *words)
     assert not exported(base, tmp_path / "out", *words, "export.overwrite=true").found
 
@@ -273,7 +273,7 @@ def test_a_link_leads_to_the_place_and_files_and_mount_points_are_refused_before
     with pytest.raises(ConfigError, match=r"export\.output_dir must be a folder, "):
         exported(base, tmp_path / "file", "export.overwrite=true")
     assert (tmp_path / "file").read_text() == "kept"
-    with pytest.raises(ConfigError, match=r"export\.output_dir must be no mount point"):
+    with pytest.raises(ConfigError, match=r"export\.output_dir must not be a mount point"):
         exported(base, Path("/dev/shm"))
     (tmp_path / "round").symlink_to("round")
     with pytest.raises(ConfigError, match=r"^export\.output_dir"):

@@ -74,7 +74,7 @@ def test_a_base_in_few_bits_is_unpacked_and_merged_into_where_it_is_asked_for(ba
         of_originals = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()(IDS).logits
     assert (found - expected).abs().max() < 1e-4 < 1e-2 < (found - of_originals.float()).abs().max()
     assert not hasattr(AutoConfig.from_pretrained(tmp_path / "out"), "quantization_config")
-    assert "what quantization took off them" in (tmp_path / "out" / "README.md").read_text()
+    assert "include the error of that quantization" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_was_unpacked_may_be_rounded_again_and_the_distance_is_said(base, adapter, tmp_path):

@@ -72,7 +72,7 @@ def test_the_adapter_alone_says_which_programs_do_not_compute_it(tmp_path: Path)
     made = adapter_of(base, tmp_path / "adapter")
     exported(base, tmp_path / "out", f"export.adapters={{a: '{made}'}}", "export.format=adapter", "export.check_rows=2")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "vLLM: refused; it does not compute `target_parameters`" in card
+    assert "vLLM: refused; it does not support `target_parameters`" in card
     expected = logits(PeftModel.from_pretrained(loaded(base), str(made)).eval())
     torch.testing.assert_close(logits(PeftModel.from_pretrained(loaded(base), str(tmp_path / "out")).eval()), expected)
 

@@ -241,7 +241,7 @@ def test_an_export_whose_rows_have_changed_is_not_kept(base, texts, tmp_path):
     words = ["export.format=w4a16", "export.check_rows=1", *of_texts(rows, tmp_path)]
     assert [exported(base, tmp_path / "out", *words).found for _ in range(2)] == [False, True]
     rows.write_text(texts.read_text().replace("over", "under"))
-    with pytest.raises(ConfigError, match=r"export\.output_dir must be empty, or not there"):
+    with pytest.raises(ConfigError, match=r"export\.output_dir must be empty or new"):
         exported(base, tmp_path / "out", *words)
 
 
