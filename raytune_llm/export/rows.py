@@ -1,4 +1,4 @@
-"""The rows on which an export is compared with its source, and those that a quantized one is calibrated on."""
+"""The rows for comparing an export with its source, and for calibrating a quantized export."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from raytune_llm.runs.stores import held_out_part
 from raytune_llm.runs.trained import Trained
 
 MAX_TOKENS = 128
-"""Of a row that is checked."""
+"""The maximum length of a compared row."""
 SEED = 0
-"""Of the split of data.path into rows to check and rows to calibrate with."""
+"""The seed for splitting data.path into rows for comparing and rows for calibrating."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Split:
 
 
 def rows_to_check(source: Source, data: DataConfig, number: int) -> Rows:
-    """Of data.path where it is given, or else of the run's held-out rows, as far as its tokens are still there; else random
+    """Rows for comparing: of data.path if given, else the run's held-out rows if its token store still exists, else random
     tokens."""
     if _is_given(data):
         split = _split_data(source, data, number)
@@ -68,8 +68,8 @@ def rows_to_check(source: Source, data: DataConfig, number: int) -> Rows:
 
 
 def rows_to_calibrate(source: Source, data: DataConfig, num_checked: int, number: int, max_tokens: int) -> Rows:
-    """Of data.path where it is given, or else of what the run trained on, without the rows that are checked. Raises ConfigError
-    if there are none, and DataError for a damaged data set."""
+    """Rows for calibrating: of data.path if given, else of the run's training data, without the rows for comparing. Raises
+    ConfigError if there are none, and DataError for a damaged data set."""
     run, what = source.run, "of what the run trained on"
     if _is_given(data):
         split, what = _split_data(source, data, num_checked), f"of {data.path}"
@@ -80,16 +80,16 @@ def rows_to_calibrate(source: Source, data: DataConfig, num_checked: int, number
         except UserError as error:
             raise _no_rows(f"those of the run can't be read ({error})") from error
     else:
-        raise _no_rows("there is no run that they could be of")
+        raise _no_rows("there is no run from which they could be taken")
     assert split is not None
     rows = _read(split.store, split.rows, number, max_tokens, lambda count: f"{count} rows {what}")
     if not rows.ids:
-        raise _no_rows("none is left beside the rows that the export is checked on")
+        raise _no_rows("none is left besides the rows with which the export is checked")
     return rows
 
 
 def contents_of(data: DataConfig) -> list[str]:
-    """Hashes of the data sets that are given."""
+    """The hashes of the given data sets."""
     if not _is_given(data):
         return []
     return [sources.fingerprint(source_of(one)) for one in declared(data, ranked=KINDS[data.format.row_kind].ranked)]
@@ -105,7 +105,7 @@ def _is_given(data: DataConfig) -> bool:
 
 
 def _split_data(source: Source, data: DataConfig, num_held_out: int) -> _Split:
-    """Of a data set that the run did not have; all that it holds are rows of one split."""
+    """The rows of a data set that the run did not use. All of them are in one split."""
     model, kind = replace(source.model, path=str(source.beside or source.folder), revision=None), data.format.row_kind
     if source.run is not None:
         data = Trained(source.run, source.folder).rendered(data)
@@ -116,7 +116,7 @@ def _split_data(source: Source, data: DataConfig, num_held_out: int) -> _Split:
 
 
 def _split_run(run: TrainRun, trained: Store | None, evaluated: Store | None) -> _Split | None:
-    """Of the stores that it trained and was evaluated on. None: neither is there."""
+    """The rows of the run's training and evaluation stores; None if neither exists any more."""
     if trained is None:
         return None if evaluated is None else _Split(evaluated, (), evaluated, range(len(evaluated)))
     rows, held_out = split_sources(trained, held_out_part(run.data, trained), run.train.seed)
@@ -130,7 +130,7 @@ def _joined(by_source: dict[str, np.ndarray]) -> list[int]:
 
 
 def _read(store: Store, rows: Sequence[int], number: int, max_tokens: int, what: Callable[[int], str]) -> Rows:
-    """At most so many, each cut to its first tokens; those of one token are left out."""
+    """At most `number` rows, truncated to their first tokens; rows of one token are left out."""
     cut: Iterator[np.ndarray] = (np.concatenate(store.prompt_and_answer(row))[:max_tokens] for row in islice(rows, number))
     ids = [row for row in cut if len(row) > 1]
     return Rows(ids, what(len(ids)))

@@ -42,12 +42,13 @@ from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import owned
 
 OnProgress = Callable[[int, int], None]
-"""Called with the bytes written and the bytes in total."""
+"""(bytes written, bytes in total)."""
 BESIDE = ("run", "adapters", "weights", "output_dir", "python", "llama_quantize", "overwrite", "push", "push_private")
-"""Settings of `export` that say where things are; and factors, which stand beside adapters' contents."""
+"""Settings of `export` that don't decide the export's content by themselves: paths, and weights, which are recorded with
+adapters."""
 SPARE_BYTES = 64 * 2**20
 MAX_KL_IN_QUANTIZED = 0.5
-"""Of weights that quantization took something off, from the original ones, where export.max_kl is null."""
+"""The default of export.max_kl with export.into_quantized, since dequantized weights are compared with the original ones."""
 FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
     "hf": hf,
     "adapter": adapter,
@@ -61,28 +62,28 @@ FORMATS: Mapping[str, Callable[[Source, ExportRun], Target]] = {
     "gptq": calibrated,
     "awq": calibrated,
 }
-"""By export.format: each raises ConfigError for what can't be written in it."""
+"""export.format -> makes the target; raises ConfigError for what the format doesn't support."""
 
 
 @dataclass(frozen=True)
 class Exported:
     place: Path
     num_bytes: int
-    """Of all files there."""
+    """The size of all its files."""
     difference: Difference | None
     unchecked: str | None
     """Why the export was not compared with its source."""
     notes: str = ""
-    """What else the card says of it."""
+    """The target's notes on the card."""
     commit: str | None = None
     """Its address on the hub; None: it was not pushed."""
     found: bool = False
-    """It was there, of the same files and settings: nothing was written."""
+    """Whether it existed already, made from the same files and settings, so that nothing was written."""
 
 
 def check_ahead(run: ExportRun) -> None:
-    """What can be known of an export before its model is trained: its place, the hub that it goes to, and the packages and
-    programs that it needs.
+    """Check what can be checked before the model is trained: the export's folder, the hub, and the packages and programs that it
+    needs.
 
     Raises ConfigError.
     """
@@ -121,14 +122,14 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
         _write(target, folder, on_progress)
         difference, unchecked = _compared(run, source, target, folder)
         _describe(settings, source, target, folder, difference, unchecked, now)
-        place_of(settings.output_dir, overwrite=replaces)  # nobody has put anything there meanwhile
+        place_of(settings.output_dir, overwrite=replaces)  # again, since something may have been put there meanwhile
         _take_place(folder, place)
     commit = _pushed(place, settings, source, target.dtype)
     return Exported(place, _num_bytes(place), difference, unchecked, target.notes, commit)
 
 
 def _place_of(run: ExportRun) -> Path:
-    """An export that was made with the same settings may be there: whether of the same files, is seen when they are."""
+    """Whether an export with the same settings may exist there. Whether its files are the same is only known when these exist."""
     settings = run.export
     assert settings.output_dir is not None
     is_alike = made_from(Path(settings.output_dir)).get("settings") == _settings(run)
@@ -136,7 +137,7 @@ def _place_of(run: ExportRun) -> Path:
 
 
 def _found(place: Path, settings: ExportConfig, source: Source) -> Exported:
-    """The export that is there."""
+    """The existing export."""
     facts = json.loads((place / EXPORTED).read_text())
     difference = facts["difference"] and Difference(**facts["difference"])
     commit = _pushed(place, settings, source, facts["dtype"])
@@ -152,13 +153,13 @@ def _pushed(place: Path, settings: ExportConfig, source: Source, dtype: str) -> 
 
 
 def _settings(run: ExportRun) -> dict[str, Any]:
-    """Those that decide what is written."""
+    """The settings that decide what is written."""
     plain = as_plain(run)
     return {"export": {name: value for name, value in plain["export"].items() if name not in BESIDE}, "data": plain["data"]}
 
 
 def _made_from(run: ExportRun, source: Source) -> dict[str, Any]:
-    """All that an export depends on."""
+    """Everything on which the export depends: settings, and hashes or stamps of files."""
     trained = {"model": model_contents(source.model), "beside": source.beside and folder_contents(source.beside)}
     adapters = [[adapter_contents(adapter.folder), factor] for adapter, factor in source.adapters]
     return {"settings": _settings(run), **trained, "adapters": adapters, "data": contents_of(run.data)}
@@ -184,7 +185,7 @@ def _describe(
     unchecked: str | None,
     made_from: Mapping[str, Any],
 ) -> None:
-    """The model card, and its figures for programs."""
+    """Write the model card, and a JSON file with its figures."""
     (folder / "README.md").write_text(_card(source, target, difference, unchecked), encoding="utf-8")
     files = sorted(file for file in folder.iterdir() if file.is_file())
     facts = {
@@ -204,8 +205,8 @@ def _describe(
 
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
-    """An empty folder beside the place, that is gone at the end. What a killed export left there is cleared, and an export that
-    it, or this one, was about to replace is put back. Raises ConfigError while another export to this place is running."""
+    """A context with an empty temporary folder next to the place. What a killed export left there is removed, and an earlier
+    export whose replacement was not completed is restored. Raises ConfigError while another export to this place is running."""
     work = place.with_name(f".{place.name}-export")
     new, old = work / "new", work / OLD
     try:
@@ -232,9 +233,9 @@ def _clear(new: Path, old: Path, place: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-NO_MEMORY = "there was not the memory for the model in float32"
+NO_MEMORY = "there was not enough memory for the model in float32"
 OLD = "old"
-"""The export that is replaced, until the new one is in its place."""
+"""The name of the earlier export while it is being replaced."""
 
 
 def _take_place(folder: Path, place: Path) -> None:
@@ -250,7 +251,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < num_bytes + SPARE_BYTES:
         lacking = (
-            f"the export takes {in_units(num_bytes)} and {in_units(SPARE_BYTES)} to spare, and {there} has {in_units(free)} left"
+            f"the export needs {in_units(num_bytes)} and {in_units(SPARE_BYTES)} to spare, but {there} has {in_units(free)} left"
         )
         raise ResourceError(lacking, "Free some space, or set export.output_dir on a larger disk.")
 
@@ -259,9 +260,9 @@ def _compared(run: ExportRun, source: Source, target: Target, folder: Path) -> t
     """The difference from the source, or why it was not computed. Raises ConfigError if it exceeds export.max_kl."""
     settings = run.export
     if settings.check is False or settings.check_rows == 0:
-        return None, "it was not asked for (export.check)"
+        return None, "it was switched off (export.check)"
     if not can_compare(source):
-        return None, "of several adapters, or with other weights than 1, nothing else computes the sum"
+        return None, "nothing else computes the sum of several adapters, or an adapter with a weight other than 1"
     device = device_for(sum(torch.Size(fact.shape).numel() for fact in source.facts.values()))
     if settings.check == "auto" and device is None:
         return None, NO_MEMORY
@@ -274,7 +275,7 @@ def _compared(run: ExportRun, source: Source, target: Target, folder: Path) -> t
         if settings.check == "auto":
             return None, NO_MEMORY
         raise ResourceError(
-            f"export.check=true takes more memory than there is ({first_line(error)})", "Set it to auto."
+            f"export.check=true needs more memory than there is ({first_line(error)})", "Set it to auto."
         ) from error
     allowed = max(target.max_kl, MAX_KL_IN_QUANTIZED) if source.into_quantized is not None else target.max_kl
     limit = allowed if settings.max_kl is None else settings.max_kl

@@ -1,4 +1,4 @@
-"""What is exported: a base in its files, and the adapters that are merged into it as its tensors are read."""
+"""The source of an export: the base's files, and the adapters that are merged when its tensors are read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5
 NOT_COPIED = ("README.md", "adapter_config.json", "LICENSE", ".gitattributes", "training_args.json")
 NOT_FOR_MODELS = ("config.json", *NOT_COPIED)
 OF_QUANTIZED = ("quantize_config.json", "quant_config.json")
-"""What GPTQ's and AWQ's writers say of weights in few bits, beside config.json. Some programs go by it."""
+"""Files in which GPTQ and AWQ repeat the quantization config. Some programs read them instead of config.json."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,23 @@ class Source:
     stored: Tensors
     """The base's tensors."""
     adapters: Sequence[tuple[Mergeable, float]]
-    """Each with its weight."""
+    """(adapter, its weight), ..."""
     under: Sequence[Mergeable]
     """Adapters that were merged into the base before these were trained, in their order (model.merged_adapters)."""
     beside: Path | None
-    """The final/ of a run: its tokenizer, its generation config, and its config where the run changed that."""
+    """The final/ of a run, with its tokenizer, generation config, and config if the run changed that."""
     run: TrainRun | None
     into_quantized: str | None = None
-    """What to say of weights that are what quantization left of the base's (export.into_quantized)."""
+    """A sentence for the card about dequantized weights (export.into_quantized)."""
 
     @property
     def facts(self) -> Mapping[str, TensorFact]:
-        """The shapes and types of the base's tensors, by name."""
+        """Name -> shape and dtype of the base's tensors."""
         return self.stored.facts
 
     @property
     def scores(self) -> bool:
-        """A reward model: with a score head in place of the language model's."""
+        """Whether it is a reward model, with a score head instead of the language model's."""
         return SCORE in self.facts or any(adapter.scores for adapter, _ in self.adapters)
 
     @cached_property
@@ -82,11 +82,12 @@ class Source:
 
     @cached_property
     def token_ids(self) -> list[int]:
-        """Tokens whose embeddings are an adapter's own."""
+        """The tokens whose embeddings belong to an adapter."""
         return [id for adapter, _ in self.adapters if adapter.token_rows for id in adapter.token_ids]
 
     def _own_tokens(self, name: str) -> tuple[Mergeable, str] | None:
-        """The adapter with rows of its own in this weight, and its name there: a tied head has the embedding's."""
+        """The adapter that has rows of new tokens for this weight, and the weight's name in it (a tied head has the
+        embedding's)."""
         for adapter, _ in self.adapters:
             if name in adapter.token_rows:
                 return adapter, name
@@ -100,7 +101,7 @@ class Source:
 
     @property
     def other_bases(self) -> list[str]:
-        """What to say of adapters that were trained on another model."""
+        """Warnings about adapters that were trained on another model."""
         said = (other_base(adapter.folder, adapter.setting, self.model.base_name) for adapter, _ in self.adapters)
         return [line for line in said if line is not None]
 
@@ -111,30 +112,30 @@ class Source:
 
     @property
     def ties_head(self) -> bool:
-        """The head's weight is the embedding's."""
+        """Whether the head is tied to the embedding."""
         return ties_ends(self.config)
 
     @cached_property
     def tied_weights(self) -> frozenset[str]:
-        """The names of the embedding's weight and the head's where they are one; a reward model has no head."""
+        """The weights' names of the embedding and the head if they are tied; a reward model has no head."""
         if not self.ties_head or self.scores:
             return frozenset()
         return frozenset(f"{name}.weight" for name in tied_ends(self.empty_model()))
 
     def empty_model(self) -> PreTrainedModel:
-        """The base without weights."""
+        """The base's model on the meta device."""
         made: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
         return load_model(self.config, None, **made, trust_remote_code=self.model.trust_remote_code)
 
     def fact_of(self, name: str) -> TensorFact | None:
-        """Of a weight in the base's files, where one of two tied ones may lie."""
+        """The name of a weight in the base's files, which may only have one of two tied weights."""
         if name in self.facts or name != HEAD:
             return self.facts.get(name)
         return next((self.facts[tied] for tied in self.tied_weights - {name} if tied in self.facts), None)
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """What ends an answer, of the generation config; empty where it says nothing."""
+        """The end tokens in the generation config; empty if it has none."""
         for folder in filter(None, (self.beside, self.folder)):
             if (file := folder / "generation_config.json").is_file():
                 stops = json.loads(file.read_text()).get("eos_token_id")
@@ -143,7 +144,7 @@ class Source:
 
     @cached_property
     def wholes(self) -> dict[str, Mergeable]:
-        """Tensors that an adapter has whole, by name."""
+        """Name -> adapter, for weights that an adapter replaces (modules_to_save)."""
         found: dict[str, Mergeable] = {}
         for adapter, _ in self.adapters:
             for name in adapter.wholes:
@@ -154,8 +155,8 @@ class Source:
         return found
 
     def outputs(self, dtype: torch.dtype | None) -> list[TensorFact]:
-        """What the merged model's tensors are. None: each has its dtype in the base. Raises ConfigError for an adapter that can't
-        be merged into this base."""
+        """Name, shape and dtype of the merged model's tensors. dtype None: each keeps that of the base. Raises ConfigError for an
+        adapter that can't be merged into this base."""
         for adapter in (*self.under, *(adapter for adapter, _ in self.adapters)):
             if apart := sorted(self.tied_weights & adapter.changed_apart):
                 raise changes_one_end(apart[0], adapter.folder, adapter.setting)
@@ -167,14 +168,14 @@ class Source:
         return [replace(fact, dtype=dtype) if dtype is not None and fact.dtype.is_floating_point else fact for fact in facts]
 
     def _grown(self, fact: TensorFact) -> TensorFact:
-        """With the rows of new tokens."""
+        """The shape including the rows of new tokens."""
         if self._own_tokens(fact.name) is None:
             return fact
         rows = max(fact.shape[0], *(id + 1 for id in self.token_ids))
         return replace(fact, shape=(rows, *fact.shape[1:]))
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """With all adapters in it. Raises ConfigError where the dtype can't hold it."""
+        """The tensor with all adapters merged. Raises ConfigError if the dtype can't represent a value."""
         return converted(name, self._merged(name), dtype)
 
     def _merged(self, name: str) -> Tensor:
@@ -198,18 +199,18 @@ class Source:
         summed = wide + sum(factor * (one.float() - wide) for one, factor in made)
         if not all_finite(summed):
             factors = {adapter.folder: factor for adapter, factor in self.adapters}
-            raise ConfigError("export.weights", f"must leave finite numbers in {name}", got=factors, fix="Lower them.")
+            raise ConfigError("export.weights", f"must result in finite numbers in {name}", got=factors, fix="Lower them.")
         return summed
 
     def copy_others(self, folder: Path) -> None:
-        """Tokenizer, generation config, code: all but weights and config."""
+        """The files to copy: tokenizer, generation config, code; not weights and config."""
         for name, file in self.others.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
 
     @cached_property
     def others(self) -> dict[str, Path]:
-        """By name: what an export gets as it is."""
+        """Name -> file, for files that are copied unchanged."""
         left_out = {*NOT_FOR_MODELS, *(() if self.into_quantized is None else OF_QUANTIZED)}
         return {
             str(file.relative_to(place)): file
@@ -247,28 +248,28 @@ class Source:
 
 
 def _with(adapter: Mergeable, name: str, value: Tensor) -> Tensor | None:
-    """The weight or bias as this adapter alone makes it; None: it leaves it as it is."""
+    """The weight or bias with this adapter merged; None if the adapter does not change it."""
     if name in adapter.wholes:
         return adapter.whole(name)
     return adapter.merged(name, value) if adapter.changes(name) else None
 
 
 def _name_of(folder: Path) -> str:
-    """What an adapter is called for export.weights: as its folder, or that of its run."""
+    """The adapter's name in export.weights: the name of its folder, or of its run's."""
     return folder.absolute().parent.name if folder.name == FINAL else folder.absolute().name
 
 
 def _before(named: Mapping[str, tuple[str, str]], name: str, folder: str, setting: str) -> dict[str, tuple[str, str]]:
-    """named: adapters with the settings that name their folders. With one more before them. Raises ConfigError where its name is
-    another one's."""
+    """`named` (name -> adapter's folder and the setting that names it) with one more adapter in front. Raises ConfigError if its
+    name is taken."""
     if name in named:
-        rule = f"must hold no {name}, the name of {setting}"
+        rule = f"must not have the name {name}, which is that of {setting}"
         raise ConfigError("export.adapters", rule, got=sorted(named), fix="Choose another name.")
     return {name: (folder, setting), **named}
 
 
 def source_of(run: ExportRun) -> Source:
-    """Raises ConfigError for all that can't be exported."""
+    """The source by the settings. Raises ConfigError for what can't be exported."""
     export = run.export
     model, beside, trained_run = run.model, None, None
     named = {name: (folder, f"export.adapters.{name}") for name, folder in export.adapters.items()}
@@ -309,7 +310,7 @@ def source_of(run: ExportRun) -> Source:
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
-    """Raises ConfigError for a name that the hub doesn't know, and where it can't be reached."""
+    """The local folder of a hub's model. Raises ConfigError for an unknown name, and if the hub can't be reached."""
     try:
         return Path(snapshot_download(name, revision=revision))
     except RevisionNotFoundError as error:
@@ -321,15 +322,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 
 def _check_files(source: Source) -> None:
-    """Raises ConfigError where the model of config.json has weights of other shapes than the files, and for a file beside them
-    that is damaged."""
+    """Raises ConfigError if the shapes in the files differ from those of config.json's model, and for other damaged files."""
     config = load_config(str(source.folder), {}, trust_remote_code=source.model.trust_remote_code)
     made: dict[str, Any] = {"weights": "random", "dtype": torch.float32, "seed": 0, "device": "meta"}
     try:
         model = load_model(config, None, **made, trust_remote_code=source.model.trust_remote_code)
     except ConfigError:
-        model = None  # it writes no text: its tensors are copied
-    except Exception as error:  # whatever a damaged config.json makes of a model's code
+        model = None  # not a causal language model: its tensors are copied without this check
+    except Exception as error:  # a damaged config.json may raise anything in a model's code
         rule = f"must be a folder whose config.json is of a model ({type(error).__name__}: {first_line(error)})"
         raise ConfigError("model.path", rule, got=str(source.folder), fix="Copy the whole folder again.") from error
     if model is not None and not changes_as_loaded(model):
@@ -363,7 +363,7 @@ def _check(source: Source, *, merges: bool) -> None:
         raise ConfigError("export.adapters", rule, got=[adapter.folder for adapter, _ in with_tokens])
     for adapter in source.under:
         if adapter.wholes or adapter.token_rows:
-            rule = "must hold adapters of linear layers alone, to be merged from files"
+            rule = "must be an adapter of linear layers only, to be merged from files"
             raise ConfigError(adapter.setting, rule, got=adapter.folder)
     factors = {adapter.folder: factor for adapter, factor in source.adapters}
     for adapter in (*source.under, *(adapter for adapter, _ in source.adapters)):
@@ -373,7 +373,7 @@ def _check(source: Source, *, merges: bool) -> None:
         for layer in sorted(adapter.layers):
             fact = source.fact_of(f"{layer}.weight")
             if fact is None or len(fact.shape) != 2:
-                what = "is not in the base" if fact is None else "is no matrix in the base"
+                what = "is not in the base" if fact is None else "is not a matrix in the base"
                 fix = f"The adapter was trained on {adapter.base_model}." if adapter.base_model else ""
                 raise ConfigError(
                     adapter.setting, f"must be an adapter that can be merged: {layer} {what}", got=adapter.folder, fix=fix

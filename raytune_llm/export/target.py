@@ -1,4 +1,4 @@
-"""What a format of `export` must say before anything is written, and do then."""
+"""The interface of export formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from raytune_llm.export.rows import Rows
 
 OnBytes = Callable[[int], None]
-"""Called with the size of each tensor as it is written."""
+"""Called with the size in bytes of each tensor that was written."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,19 @@ class Target:
     num_bytes: int
     """The size of the weights on disk."""
     write: Callable[[Path, OnBytes], None]
-    """All files but the card, into a folder that is there. Raises ConfigError where a value doesn't fit."""
+    """Writes all files except the card into an existing folder. Raises ConfigError if a value doesn't fit the dtype."""
     outputs: Callable[[Path, Rows, torch.device], Iterator[Tensor]]
-    """The outputs of what was written, in float32 on that device, as tensors of the CPU: for each row log-probabilities
-    [T - 1, V], or a reward model's score [1]."""
+    """The export's outputs, computed in float32 on the device and returned on the CPU: for each row, log-probabilities [T - 1,
+    V], or a reward model's score [1]."""
     library: str
-    """That loads it, as a hub's cards name it."""
+    """The library that loads it, for `library_name` on the card."""
     dtype: str
-    """The type of the weights, for the card."""
+    """The dtype of the weights, for the card."""
     max_kl: float = 0.01
-    """Where export.max_kl is null."""
+    """The default of export.max_kl, in nats per token."""
     passing_bytes: int = 0
-    """On disk beside them, while it is written."""
+    """The additional disk space in bytes that writing needs."""
     merges: bool = True
-    """The adapter is in the weights; False: it is written alone, for a base that the reader has."""
+    """Whether the adapter is merged; False: the export is the adapter alone."""
     notes: str = ""
-    """The last part of the card."""
+    """The last section of the card."""

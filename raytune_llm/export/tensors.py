@@ -1,4 +1,4 @@
-"""A model's tensors from files to files, one at a time."""
+"""Reading and writing a model's safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NAMES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-"""As safetensors writes them."""
+"""torch's dtype -> its name in safetensors files."""
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFact:
-    """What is known of a tensor before it is read."""
+    """A tensor's name, dtype and shape, known before it is read."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class TensorFact:
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises ConfigError where the dtype can't hold a finite value."""
+    """The tensor in the dtype. Raises ConfigError if a finite value becomes infinite."""
     made = tensor.to(dtype)
     if made is not tensor and made.is_floating_point() and not all_finite(made) and all_finite(tensor):
         rule = f"can't hold {name}, whose values are too large"
@@ -51,7 +51,7 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Tensors(Protocol):
-    """A model's tensors, which are read one by one."""
+    """A model's tensors, read one by one."""
 
     @property
     def facts(self) -> Mapping[str, TensorFact]: ...
@@ -60,10 +60,10 @@ class Tensors(Protocol):
 
 
 class TensorFiles:
-    """Tensors in safetensors files. One is read by itself, and its file is not mapped, so that no more than it takes memory."""
+    """Tensors in safetensors files. Files are not mapped, so that only the tensor being read is in memory."""
 
     def __init__(self, files: Mapping[str, str]) -> None:
-        """files: the file of each tensor. Raises DataError for one that is not whole."""
+        """files: tensor's name -> its file. Raises DataError for an incomplete file."""
         self.facts: dict[str, TensorFact] = {}
         """In the order of the files and of the tensors in them."""
         self._places: dict[str, tuple[str, int]] = {}
@@ -95,7 +95,7 @@ class TensorFiles:
 
 
 def _header(path: str) -> tuple[dict[str, Any], int]:
-    """What it says of each tensor, and where the first one begins."""
+    """The entries of the file's header, and the offset of the first tensor."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -105,13 +105,13 @@ def _header(path: str) -> tuple[dict[str, Any], int]:
             raise ValueError("a tensor without a place")
         return header, 8 + length
     except (OSError, AttributeError, struct.error, ValueError, MemoryError, OverflowError, RecursionError) as error:
-        problem = f"is no safetensors file that can be read ({type(error).__name__})"
+        problem = f"is not a readable safetensors file ({type(error).__name__})"
         raise DataError(path, problem, "Copy or download it again.") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of tensors."""
+    """The tensors of one file."""
 
     name: str
     facts: Sequence[TensorFact]
@@ -122,7 +122,7 @@ class Shard:
 
 
 def shards_of(facts: Sequence[TensorFact], shard_bytes: int) -> list[Shard]:
-    """In their order, each of at most so many bytes, or of one tensor. Named as transformers names them."""
+    """The files for these tensors, in order. Each has at most shard_bytes bytes, or a single tensor; names are transformers'."""
     shards: list[list[TensorFact]] = [[]]
     size = 0
     for fact in facts:
@@ -139,8 +139,8 @@ def shards_of(facts: Sequence[TensorFact], shard_bytes: int) -> list[Shard]:
 def write(
     folder: Path, facts: Sequence[TensorFact], shard_bytes: int, make: Callable[[str], Tensor], on_tensor: Callable[[int], None]
 ) -> None:
-    """Files as transformers names them, with an index where they are several. make: a tensor by its name, of the shape and dtype
-    that its fact says. on_tensor: called with the size of each as it is written."""
+    """Write files with transformers' names, and an index if there are several. make: returns the tensor of a name, with the shape
+    and dtype of its fact. on_tensor: called with the size in bytes of each written tensor."""
     shards = shards_of(facts, shard_bytes)
     for shard in shards:
         write_file(folder / shard.name, shard.facts, make, on_tensor)
@@ -148,7 +148,7 @@ def write(
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """Which file has which tensor, where there are several."""
+    """Write the index, tensor -> file, if there are several files."""
     if len(shards) > 1:
         weight_map = {fact.name: shard.name for shard in shards for fact in shard.facts}
         index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
@@ -156,8 +156,8 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 def write_file(path: Path, facts: Sequence[TensorFact], make: Callable[[str], Tensor], on_tensor: Callable[[int], None]) -> None:
-    """The format of safetensors, whose own writer wants all tensors of a file at once: the length of the header, a JSON header
-    with each tensor's dtype, shape and place, and the tensors' bytes."""
+    """Write a safetensors file tensor by tensor, since the library's writer needs all tensors in memory. The format: the length
+    of the header, a JSON header with each tensor's dtype, shape and offsets, and the tensors' bytes."""
     header = json.dumps({"__metadata__": {"format": "pt"}, **dict(_entries(facts))}).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
@@ -169,7 +169,7 @@ def write_file(path: Path, facts: Sequence[TensorFact], make: Callable[[str], Te
 
 
 def _made_ahead(facts: Sequence[TensorFact], make: Callable[[str], Tensor]) -> Iterator[tuple[TensorFact, Tensor]]:
-    """In order. A thread reads and merges the next tensor while one is written."""
+    """The tensors, in order. A thread reads and merges the next one while one is being written."""
     with ThreadPoolExecutor(1) as thread:
         coming: deque[tuple[TensorFact, Future[Tensor]]] = deque()
         for fact in facts:

@@ -1,6 +1,6 @@
-"""`export.format=gptq` and `awq`: 4-bit weights that are chosen by what the layers get from calibration rows.
+"""`export.format=gptq` and `awq`: 4-bit weights, quantized with calibration rows by llmcompressor.
 
-llmcompressor computes them; the files are those of w4a16, with a zero point for each group of awq.
+The files are those of w4a16; awq has a zero point for each group too.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from raytune_llm.export.target import OnBytes, Target
 
 MAX_KL = 0.5
 MERGED, QUANTIZED = "merged", "quantized"
-"""Folders within the export's, while it is made."""
+"""Temporary folders within the export's folder."""
 
 
 @dataclass(frozen=True)
 class Method:
     needs_gpu: str | None
-    """Why, if it does."""
+    """Why the method needs a GPU; None if it doesn't."""
 
 
 METHODS = {

@@ -1,4 +1,4 @@
-"""A quantized export: the model as `hf` writes it, with other tensors in place of each quantized matrix."""
+"""A quantized export: like `hf`, but each quantized matrix is stored as several other tensors."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from raytune_llm.models.config_file import MODEL_CONFIG, write_config
 
 
 class Codec(Protocol):
-    """How a matrix is stored, a matrix at a time."""
+    """The format in which single matrices are stored."""
 
     @property
     def max_kl(self) -> float:
-        """Of a whole model from its source, in nats a token, above which something is likely wrong."""
+        """The divergence of a model from its source, in nats per token, above which something is likely wrong."""
         ...
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What transformers reads to load it, for config.json."""
+        """The quantization_config in config.json, with which transformers loads it."""
         ...
 
     def facts(self, matrix: TensorFact) -> Sequence[TensorFact]:
-        """Of the tensors that stand for a weight [N, K], by their names in the file."""
+        """Name in the file -> (dtype, shape) of the tensors that store a weight [N, K]."""
         ...
 
     def encode(self, matrix: TensorFact, weight_NK: Tensor) -> Mapping[str, Tensor]:
-        """Those tensors, by the same names. weight_NK: float32."""
+        """Name in the file -> tensor. weight_NK: float32."""
         ...
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the files, and the model's tensor that it comes from."""
+    """A tensor of the files, and the model's tensor from which it is made."""
 
     fact: TensorFact
     source: TensorFact
@@ -67,7 +67,7 @@ def encoded(source: Source, settings: ExportConfig, matrices: Matrices, codec: C
     def write(folder: Path, on_bytes: OnBytes) -> None:
         source.copy_others(folder)
         write_config(folder / MODEL_CONFIG, {**source.config_json(dtype), "quantization_config": codec.config})
-        held: dict[str, Tensor] = {}  # what the matrix at hand became
+        held: dict[str, Tensor] = {}  # the tensors of the current matrix
 
         def make(name: str) -> Tensor:
             if name not in held:
@@ -87,16 +87,16 @@ def encoded(source: Source, settings: ExportConfig, matrices: Matrices, codec: C
 
 
 def dtype_of(settings: ExportConfig) -> torch.dtype | None:
-    """Of what is not quantized; None: each tensor's own in the base."""
+    """The dtype of tensors that are not quantized; None: that in the base."""
     if settings.dtype not in ("auto", *DTYPES):
         rule = f"must be auto or one of {', '.join(DTYPES)} with export.format={settings.format}"
-        raise ConfigError("export.dtype", rule, got=settings.dtype, fix="It is of what is not quantized.")
+        raise ConfigError("export.dtype", rule, got=settings.dtype, fix="It is the dtype of tensors that are not quantized.")
     return DTYPES.get(settings.dtype)
 
 
 @torch.no_grad()
 def reloaded_outputs(folder: Path, rows: Rows, device: torch.device, *, trust_remote_code: bool) -> Iterator[Tensor]:
-    """Log-probabilities [T - 1, V] of each row, by what transformers loads from the folder."""
+    """The log-probabilities [T - 1, V] of each row, with the model that transformers loads from the folder."""
     settings: dict[str, Any] = {"dtype": torch.float32, "device_map": device, "trust_remote_code": trust_remote_code}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     for ids in rows.ids:
@@ -108,11 +108,11 @@ PACKAGES = {
     **dict.fromkeys(("fp8", "w8a8", "w4a16", "gptq", "awq"), ("compressed_tensors", "raytune-llm[quantized]")),
     "nf4": ("bitsandbytes", "raytune-llm[nf4]"),
 }
-"""What formats need, and the extra that has it."""
+"""Format -> the package that it needs, and the extra that installs it."""
 
 
 def require(format: str) -> None:
-    """Raises ConfigError where the format's package is not installed. Formats that are none of PACKAGES need none."""
+    """Raises ConfigError if the format's package is not installed. Formats that are not in PACKAGES need none."""
     package, extra = PACKAGES.get(format, (None, None))
     if package is not None and find_spec(package) is None:
         rule, fix = f"can't be {format} here: {package} is not installed", f"Install it: pip install '{extra}'."

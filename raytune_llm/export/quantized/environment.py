@@ -1,4 +1,4 @@
-"""Where llmcompressor runs: in an environment of its own, since it pins another transformers than this project's."""
+"""Running llmcompressor in a separate environment, since it pins another version of transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ ASK = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({PACKAGE!r
 
 
 def check_environment(format: str, python: str | None, resources: ResourcesConfig) -> None:
-    """Raises ConfigError where llmcompressor can't be started. On Ray without a Python of yours, Ray installs it."""
+    """Raises ConfigError if llmcompressor can't be started. With resources=local or cluster and no export.python, Ray installs
+    it."""
     if python is None:
         if not uses_ray(resources) and find_spec(PACKAGE) is None:
             rule = f"can't be {format} here: {PACKAGE} is not installed"
@@ -31,7 +32,7 @@ def check_environment(format: str, python: str | None, resources: ResourcesConfi
             raise ConfigError("export.format", rule, got=format, fix=fix)
         return
     if uses_ray(resources):
-        return  # it is a file of the nodes
+        return  # a file on the nodes, which can't be checked here
     try:
         asked = subprocess.run([python, "-P", "-c", ASK], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -43,7 +44,7 @@ def check_environment(format: str, python: str | None, resources: ResourcesConfi
 
 
 def quantize(job: Mapping[str, Any], python: str | None, resources: ResourcesConfig) -> None:
-    """Runs the program, here or as a task on a node of the cluster, which must see the job's folders."""
+    """Run the program, here or as a Ray task. The task's node must have access to the job's folders."""
     work = partial(_run, dict(job), python)
     if not uses_ray(resources):
         return work()
@@ -55,13 +56,13 @@ def quantize(job: Mapping[str, Any], python: str | None, resources: ResourcesCon
 
 
 def _run(job: Mapping[str, Any], python: str | None) -> None:
-    """Raises ResourceError with the last words of the program that fails."""
+    """Run the program here. Raises ResourceError with its last line if it fails."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job, file)
         file.flush()
         command = [python or sys.executable, "-P", str(PROGRAM), file.name]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment.pop("PYTHONPATH", None)  # of this environment
+        environment.pop("PYTHONPATH", None)  # it belongs to this environment
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         words = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ by llmcompressor: a program by itself, started with the Python of an environment that has it.
+"""GPTQ and AWQ by llmcompressor: a separate program, started with the Python of an environment that has llmcompressor.
 
     python -P llmcompressor_job.py JOB.json
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 
 def gptq(groups: dict[str, QuantizationScheme], skipped: list[str]) -> list[Any]:
-    """Frantar et al. 2022 (arXiv 2210.17323): each column is rounded, and what that changes is put right in the next ones."""
+    """Frantar et al. 2022 (arXiv 2210.17323): columns are rounded one by one, and later columns compensate the error."""
     return [GPTQModifier(config_groups=groups, ignore=skipped)]
 
 
@@ -32,7 +32,7 @@ def awq(groups: dict[str, QuantizationScheme], skipped: list[str]) -> list[Any]:
 
 
 METHODS = {"gptq": (gptq, "W4A16"), "awq": (awq, "W4A16_ASYM")}
-"""By name: the modifiers, and compressed-tensors' name of how weights are stored."""
+"""Method -> (its modifiers, compressed-tensors' name of the storage scheme)."""
 
 
 def main(job: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which matrices of a model a quantized export holds in fewer bits: its linear layers, but what makes the logits."""
+"""The matrices that a quantized export quantizes: all linear layers except the head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Matrices:
 
 
 def matrices_of(source: Source, format: str) -> Matrices:
-    """Raises ConfigError for a model of which no quantized export can be written."""
+    """The matrices of the source. Raises ConfigError for a model for which quantized exports are not supported."""
     got = str(source.folder)
     if source.scores:
         raise _refused(format, "for a reward model", got)
@@ -41,14 +41,14 @@ def matrices_of(source: Source, format: str) -> Matrices:
         what = f"for {source.config.model_type}, which transformers has no causal language model of"
         raise _refused(format, what, got) from None
     if any(parameter.ndim == 3 for parameter in model.parameters()):
-        raise _refused(format, "for a mixture of experts, whose experts are no linear layers in transformers", got)
+        raise _refused(format, "for a mixture of experts, whose experts are not linear layers in transformers", got)
     head = model.get_output_embeddings()
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     layers = [name for name, module in linears.items() if module is not head]
     if not layers:
         raise _refused(format, f"for {source.config.model_type}, which has no linear layers", got)
     if unknown := [name for name in layers if f"{name}.weight" not in source.facts]:
-        what = f"for {source.config.model_type}: its files have no {unknown[0]}.weight, but name it otherwise"
+        what = f"for {source.config.model_type}: its files have another name for {unknown[0]}.weight"
         raise _refused(format, what, got)
     widths = sorted({linears[name].in_features for name in layers})
     return Matrices(layers, [name for name, module in linears.items() if module is head], widths)

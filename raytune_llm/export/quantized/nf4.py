@@ -1,6 +1,6 @@
-"""`export.format=nf4`: weights in the sixteen values of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), in bitsandbytes' files.
+"""`export.format=nf4`: QLoRA's 4-bit NormalFloat (Dettmers et al. 2023, arXiv 2305.14314), in bitsandbytes' format.
 
-No data are needed. transformers reads these files; it computes with the unpacked weights.
+It needs no data. transformers reads these files, and computes with the dequantized weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raytune_llm.export.tensors import TensorFact
 BLOCK, SCALES_BLOCK, VALUES = 64, 256, 16
 """Weights per scale, scales per scale of scales, and the values that a weight can have."""
 STATE_BYTES = 256
-"""Of the JSON about a matrix. It has a number in it whose digits vary, and is filled up with spaces."""
+"""The size of the JSON about a matrix, padded with spaces, since it has a number with a varying count of digits."""
 
 
 def nf4(source: Source, run: ExportRun) -> Target:
@@ -73,14 +73,14 @@ class NF4:
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(weight_NK, quant_type="nf4", blocksize=BLOCK, compress_statistics=True)
-        state.dtype = matrix.dtype  # of what it is unpacked to
+        state.dtype = matrix.dtype  # the dtype after dequantizing
         tensors = {f"{matrix.name}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
         about = f"{matrix.name}.quant_state.bitsandbytes__nf4"
         return {**tensors, matrix.name: packed, about: _filled(tensors[about])}
 
 
 def _filled(state: Tensor) -> Tensor:
-    """The same JSON in STATE_BYTES bytes."""
+    """The JSON padded to STATE_BYTES bytes."""
     text = bytes(state.tolist()).ljust(STATE_BYTES)
     assert json.loads(text) and len(text) == STATE_BYTES, text
     return torch.tensor(list(text), dtype=torch.uint8)

@@ -1,8 +1,7 @@
 """`export.format=fp8`, `w8a8` and `w4a16`: weights rounded to the nearest value, in the files of compressed-tensors.
 
-No data are needed. The scales are those of the largest magnitude, of an output channel or of a group of inputs; activations of
-fp8 and w8a8 are rounded as the model runs, with a scale for each token. transformers reads these files,
-and so should vLLM and SGLang.
+They need no data. A scale is the largest magnitude of an output channel, or of a group of its inputs. Activations of fp8 and w8a8
+are quantized dynamically with a scale per token. transformers reads these files, and vLLM and SGLang should too.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from raytune_llm.export.target import Target
 from raytune_llm.export.tensors import TensorFact
 
 GROUP_SIZES = (128, 64, 32)
-"""Inputs that share a scale: those that vLLM's kernels know, the first that divides every matrix's width is taken."""
+"""The numbers of inputs per scale that vLLM's kernels support. The first that divides the width of every matrix is used."""
 WORD_BITS = 32
-"""Four-bit numbers are packed into words of so many bits."""
+"""Four-bit numbers are packed into words of this many bits."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ class Scheme:
     preset: str
     """Its name in compressed-tensors."""
     files: str
-    """The name there of how its weights are stored."""
+    """The name of its storage format in compressed-tensors."""
     max_kl: float
     weight: torch.dtype | None = None
-    """Of the weight; None: four bits a number, packed."""
+    """The dtype of the weight; None: packed four-bit numbers."""
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -59,24 +58,24 @@ def rounded(source: Source, run: ExportRun) -> Target:
 
 
 def group_size_of(settings: ExportConfig, matrices: Matrices) -> int:
-    """Raises ConfigError where it does not divide each matrix's width."""
+    """The number of inputs per scale. Raises ConfigError if it does not divide the width of every matrix."""
     sizes = GROUP_SIZES if settings.group_size is None else (settings.group_size,)
     for size in sizes:
         if all(width % size == 0 for width in matrices.widths):
             return size
     widths = ", ".join(map(str, matrices.widths))
     if settings.group_size is None:
-        rule = f"can't be {settings.format}: none of {', '.join(map(str, sizes))} divides all widths of matrices ({widths})"
+        rule = f"can't be {settings.format}: none of {', '.join(map(str, sizes))} divides the widths of all matrices ({widths})"
         raise ConfigError("export.format", rule, got=settings.format, fix="Set export.format=fp8 or w8a8.")
-    fix = f"Set one of {', '.join(map(str, GROUP_SIZES))} that does, or null."
-    raise ConfigError("export.group_size", f"must divide each width of a matrix ({widths})", got=settings.group_size, fix=fix)
+    fix = f"Set another one of {', '.join(map(str, GROUP_SIZES))}, or null."
+    raise ConfigError("export.group_size", f"must divide the widths of all matrices ({widths})", got=settings.group_size, fix=fix)
 
 
 @dataclass(frozen=True)
 class Rounded:
     kind: Scheme
     group_size: int | None
-    """Inputs with a common scale; None: all of an output channel."""
+    """The number of inputs per scale; None: one scale per output channel."""
     skipped: Sequence[str]
 
     @property
@@ -122,7 +121,7 @@ class Rounded:
         weights = self.scheme.weights
         wide_NGK = weight_NK.unflatten(1, (-1, self.group_size or weight_NK.shape[1]))
         scale_NG, zero_NG = calculate_qparams(wide_NGK.amin(-1), wide_NGK.amax(-1), weights)
-        scale_NG = scale_NG.to(matrix.dtype)  # as it is stored, so that weights are rounded by the scale that they are read with
+        scale_NG = scale_NG.to(matrix.dtype)  # the stored dtype, so that weights are rounded with the scale that readers use
         given = {"weight": weight_NK, "weight_scale": scale_NG.float(), "weight_zero_point": zero_NG}
         compressed = BaseCompressor.get_value_from_registry(self.kind.files).compress(given, self.scheme)
         layer = matrix.name.removesuffix(".weight")

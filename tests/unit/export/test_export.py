@@ -97,7 +97,7 @@ def test_weighted_adapters_add_up(base, tmp_path):
 def test_weights_that_leave_no_finite_numbers_are_refused(base, tmp_path):
     folder = adapter_of(base, METHODS["lora"], "lora")
     for dtype in ("fp32", "bf16"):
-        with pytest.raises(ConfigError, match=r"export\.weights must leave finite numbers in model\.layers\.\d.*1e\+300"):
+        with pytest.raises(ConfigError, match=r"export\.weights must result in finite numbers in model\.layers\.\d.*1e\+300"):
             exported(
                 base, tmp_path / "out", f"export.adapters={{a: '{folder}'}}", "export.weights={a: 1e300}", f"export.dtype={dtype}"
             )
@@ -110,7 +110,7 @@ def test_an_adapter_that_is_called_as_the_run_is_refused_not_passed_over(base, t
     shutil.copytree(adapter_of(base, METHODS["lora"], "lora"), run / "final")
     (run / "run.yaml").write_text(to_yaml(load_config("train", ["data=chat", *words])))
     settings = [f"export.run={run}", f"export.output_dir={tmp_path / 'out'}", f"export.adapters={{mine: '{run / 'final'}'}}"]
-    with pytest.raises(ConfigError, match=r"export\.adapters must hold no mine, the name of export\.run"):
+    with pytest.raises(ConfigError, match=r"export\.adapters must not have the name mine, which is that of export\.run"):
         api.export(load_config("export", settings))
 
 
@@ -451,5 +451,5 @@ def test_what_was_about_to_be_replaced_is_put_back_where_the_new_one_does_not_ge
 
 def test_a_small_disk_is_said_in_units_that_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=3 * 2**20))
-    with pytest.raises(ResourceError, match=r"takes 195\.3 KiB and 64\.0 MiB to spare, and .* has 3\.0 MiB left"):
+    with pytest.raises(ResourceError, match=r"needs 195\.3 KiB and 64\.0 MiB to spare, but .* has 3\.0 MiB left"):
         check_space(tmp_path, 200_000)

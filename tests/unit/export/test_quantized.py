@@ -123,7 +123,10 @@ def test_shards_and_a_dtype_are_kept_by_quantized_files(base, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["export.format=w4a16", "export.group_size=24"], r"export\.group_size must divide each width of a matrix \(64, 128\)"),
+        (
+            ["export.format=w4a16", "export.group_size=24"],
+            r"export\.group_size must divide the widths of all matrices \(64, 128\)",
+        ),
         (["export.format=fp8", "export.dtype=q8_0"], r"export\.dtype must be auto or one of"),
         (["export.format=fp8", "export.group_size=32"], r"export\.group_size is for"),
     ],
@@ -151,7 +154,7 @@ def test_architectures_that_have_other_layers_are_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="can't be w8a8 for a mixture of experts"):
         exported(tmp_path / "mixture", tmp_path / "out", "export.format=w8a8")
     odd = saved(tmp_path / "odd", hidden_size=24, intermediate_size=40)
-    with pytest.raises(ConfigError, match=r"none of 128, 64, 32 divides all widths of matrices \(24, 40\)"):
+    with pytest.raises(ConfigError, match=r"none of 128, 64, 32 divides the widths of all matrices \(24, 40\)"):
         exported(odd, tmp_path / "out", "export.format=w4a16")
     with pytest.raises(ConfigError, match=r"blocks of 64 must fill the rows .* has 24 columns"):
         exported(odd, tmp_path / "out", "export.format=nf4")

@@ -30,8 +30,8 @@ def test_a_tensor_is_read_by_its_name(tmp_path):
         ({"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}, "holds one as F4"),
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, "is damaged: one has 8 bytes"),
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "is cut off: it ends within one"),
-        ({"dtype": "F32", "shape": [2]}, "is no safetensors file that can be read"),
-        ([1], "is no safetensors file that can be read"),
+        ({"dtype": "F32", "shape": [2]}, "is not a readable safetensors file"),
+        ([1], "is not a readable safetensors file"),
     ],
 )
 def test_a_header_that_does_not_fit_its_file_is_named(tmp_path, entry, said):
