@@ -145,7 +145,7 @@ def _train(
     if run.data.streaming:
         prepared = pipeline.stream(run.model, run.data, run.resources, kind=run.stage.kind)
     else:
-        prepared = _prepared(run, workspace, on_progress)
+        prepared = _prepared(run, workspace, on_progress, on_update)
     opened = _opened(run, output, prepared, clock, on_update, workspace)
     if opened.done is not None:
         return opened.done
@@ -185,7 +185,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
             check_final(part.run, Path(part.run.output_dir))
         for clock in clocks:
             clock.enter("prepare")
-        prepared = _prepared(parts[0].run, workspace, None)
+        prepared = _prepared(parts[0].run, workspace, None, parts[0].on_update)
         opened = [
             _opened(part.run, Path(part.run.output_dir), prepared, clock, part.on_update, workspace)
             for part, clock in zip(parts, clocks, strict=True)
@@ -236,10 +236,22 @@ class _Opened:
             tracker.close()
 
 
-def _prepared(run: TrainRun, workspace: Workspace, on_progress: pipeline.OnProgress | None) -> Prepared:
+def _prepared(
+    run: TrainRun, workspace: Workspace, on_progress: pipeline.OnProgress | None, on_update: Callable[[Any], None]
+) -> Prepared:
     kind = run.stage.kind
-    make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=kind, on_progress=on_progress)
-    return workspace.once("stores", (run.model, run.data, kind), make)
+
+    def made() -> Prepared:
+        with notify_if_slow(on_update, "preparing rows") as preparing:
+
+            def progress(done: int, total: int) -> None:
+                preparing.of(done, total)
+                if on_progress is not None:
+                    on_progress(done, total)
+
+            return pipeline.prepare(run.model, run.data, run.resources, kind=kind, on_progress=progress)
+
+    return workspace.once("stores", (run.model, run.data, kind), made)
 
 
 def _opened(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
@@ -53,14 +53,19 @@ from raytune_llm.data.templates.named_chat import NamedChat
 from raytune_llm.data.templates.rendered import PlainText, Renderer
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import fingerprint, run_tokenizer
-from raytune_llm.errors import DataError, UserError
+from raytune_llm.errors import DataError, RunLost, UserError
 from raytune_llm.object_store import check_writable, is_address
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 TRANSFORMS_VERSION = 8
 """Increase it when the same row would give other tokens, so that old stores are not reused."""
 TASK_ROWS, TASKS_PER_WORKER = 2_000, 4
 """Small chunks are grouped into Ray tasks of TASK_ROWS rows, since scheduling a task takes as long as a hundred rows, unless a
 worker would then have fewer than TASKS_PER_WORKER tasks, which would leave some workers idle at the end."""
+NO_PROGRESS_S = 3600.0
+"""A task of Ray takes minutes. One that a frozen process has never ends, and Ray would wait for it without limit."""
+BUSY_SAID_AFTER_S, BUSY_SAID_AGAIN_S = 3.0, 30.0
 OnProgress = Callable[[int, int], None]
 """Called with (rows done, rows in total), dropped ones included."""
 
@@ -411,11 +416,14 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, place: str, j
 
     # Workers take seconds to import their modules, and do so while this process imports Ray Data.
     num_workers = min(len(chunks), job.max_tasks or int(ray.cluster_resources().get("CPU", 1)))
+    busy = ray.available_resources().get("CPU", 0) < 1
     load = ray.remote(num_cpus=1)(_load)
-    for _ in range(num_workers):
-        load.remote()
+    loading = [load.remote() for _ in range(num_workers)]
     import ray.data
+    from ray.data.exceptions import ExecutionTimeoutError
 
+    if busy:
+        _wait_for_a_cpu(loading)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress and errors are reported by this program
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -438,12 +446,34 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, place: str, j
     num_tasks = min(len(chunks), max(num_rows // TASK_ROWS, TASKS_PER_WORKER * num_workers))
     items = [{"chunk": pickle.dumps(numbered)} for numbered in chunks]
     blocks = ray.data.from_items(items, override_num_blocks=num_tasks)
+    blocks.context.execution_no_progress_timeout_s = NO_PROGRESS_S
     task: Any = prepare_block
-    for row in blocks.map_batches(task, batch_size=None, num_cpus=1, concurrency=job.max_tasks).iter_rows():
+    rows = iter(blocks.map_batches(task, batch_size=None, num_cpus=1, concurrency=job.max_tasks).iter_rows())
+    while (row := _next(rows, ExecutionTimeoutError)) is not None:
         number, made = pickle.loads(row["made"])
         if isinstance(made, UserError):
             raise made
         yield number, made
+
+
+def _next(rows: Iterator[T], nothing_came: type[Exception]) -> T | None:
+    """None: that was all. Raises RunLost if nothing came for NO_PROGRESS_S."""
+    try:
+        return next(rows, None)
+    except nothing_came:
+        what = f"no task that prepares rows has ended for {NO_PROGRESS_S:g} s: a process, a node or the storage stands still"
+        raise RunLost(what, "See `ray status` and `ray list tasks`; the same command resumes from the finished shards.") from None
+
+
+def _wait_for_a_cpu(loading: list[Any]) -> None:
+    """Wait without limit until one of these tasks, each of one CPU, has run, and say so."""
+    import ray
+
+    wait_s = BUSY_SAID_AFTER_S
+    while not ray.wait(loading, timeout=wait_s)[0]:
+        free, total = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+        log.warning("waiting for 1 CPU to prepare rows; the cluster has %g of %g CPUs free", free, total)
+        wait_s = BUSY_SAID_AGAIN_S
 
 
 def _load() -> None:

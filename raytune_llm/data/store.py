@@ -19,8 +19,11 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -47,6 +50,10 @@ OUTLINE = "outline.json"
 FAILED = "failed.txt"
 """In a store whose construction failed: the error."""
 _STATS = b"raytune_llm.stats"
+LOOK_EVERY_S = 0.1
+SAID_AFTER_S, SAID_AGAIN_S = 3.0, 60.0
+"""Of a lock that another process holds."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,16 +149,36 @@ def finished_shard(path: Path) -> Shard | None:
 
 @contextmanager
 def locked(cache: Path, key: str) -> Iterator[None]:
-    """Holds the lock of a key inside the block. The kernel releases it when the process ends, so a crash leaves none."""
+    """Holds the lock of a key inside the block. Waits without limit for who holds it, and says so. The kernel releases it when
+    the process ends, so a crash leaves none."""
     with _open_lock(cache, key) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock, str(cache / key))
         yield
+
+
+def _take(lock: IO[str], what: str) -> None:
+    """Says who holds it, where that lasts."""
+    began, said_at = time.monotonic(), SAID_AFTER_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            pass
+        if (waited := time.monotonic() - began) > said_at:
+            lock.seek(0)
+            log.warning("waiting for %s, which %s makes (%.0f s)", what, lock.read() or "another process", waited)
+            said_at = max(2 * said_at, SAID_AGAIN_S)
+        time.sleep(LOOK_EVERY_S)
+    with suppress(OSError):  # a full disk
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def _open_lock(cache: Path, key: str) -> IO[str]:
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        return open(cache / f".{key}.lock", "w")
+        return open(cache / f".{key}.lock", "a+")
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise  # a full disk has its own error

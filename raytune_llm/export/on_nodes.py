@@ -18,7 +18,7 @@ from raytune_llm.config.resources import Cluster, Local, on_cluster
 from raytune_llm.errors import ResourceError, first_line
 from raytune_llm.export.source import Source
 from raytune_llm.export.tensors import Shard, TensorFact, shards_of, write_file, write_index
-from raytune_llm.runs.group_size import check_fits, group_size
+from raytune_llm.runs.group_size import check_fits, group_size, warn_without_room
 from raytune_llm.runs.nodes import check_nodes
 from raytune_llm.session import connect
 
@@ -53,6 +53,7 @@ def write_on_nodes(
         check_nodes(resources, folders, workers=1, each={"CPU": cpus}, report=lambda line: None)
     if resources.num_workers != "auto":
         check_fits(size)
+    warn_without_room(1, {"CPU": cpus})
     task = ray.remote(num_cpus=cpus, scheduling_strategy="SPREAD")(_write)
     shards = shards_of(facts, shard_bytes)
     shared = ray.put(source)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from raytune_llm import session
@@ -91,28 +92,34 @@ def _answering_here(settings: EngineSettings, resources: Any) -> Iterator[Answer
 
 
 class Answerer:
-    """An actor with one engine. A UserError is returned, not raised, because Ray would wrap it in an error of its own."""
+    """An actor with one engine. It is there as soon as it has a place, and builds the engine for its first call. A UserError is
+    returned, not raised, because Ray would wrap it in an error of its own."""
 
     def __init__(self, settings: EngineSettings, num_threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(max(1, num_threads))
+        self._settings, self._num_threads = settings, num_threads
         self._engine: Engine | None = None
-        self._refusal: UserError | None = None
-        try:
-            self._engine = settings.build()
-        except UserError as error:
-            self._refusal = error
+        self._building = Lock()
 
     def max_length(self) -> int | UserError:
-        return self._refusal or self._engine.max_length  # type: ignore[union-attr]
+        try:
+            return self._built().max_length
+        except UserError as error:
+            return error
 
     def answer(self, block: Block) -> list[Answered] | UserError:
         try:
-            assert self._engine is not None
-            return answer_block(self._engine, block)
+            return answer_block(self._built(), block)
         except UserError as error:
             return error
+
+    def _built(self) -> Engine:
+        with self._building:
+            if self._engine is None:
+                import torch
+
+                torch.set_num_threads(max(1, self._num_threads))
+                self._engine = self._settings.build()
+            return self._engine
 
 
 class AnsweringOnRay:
@@ -156,7 +163,7 @@ def _answering_on_ray(settings: EngineSettings, resources: Local | Cluster) -> I
     session.connect(resources)
     import ray
 
-    from raytune_llm.runs.group_size import check_fits, group_size
+    from raytune_llm.runs.group_size import ROOM_AFTER_S, check_fits, group_size, warn_without_room
 
     size = group_size(resources)
     check_fits(size)
@@ -168,7 +175,10 @@ def _answering_on_ray(settings: EngineSettings, resources: Local | Cluster) -> I
         max_concurrency=settings.blocks_at_once + 1,
     )
     actors: list[Any] = [actor.remote(settings, int(size.cpus)) for _ in range(size.workers)]
+    starting = [one.__ray_ready__.remote() for one in actors]
     try:
+        while starting := ray.wait(starting, num_returns=len(starting), timeout=ROOM_AFTER_S)[1]:
+            warn_without_room(len(starting), size.each)
         yield AnsweringOnRay(actors, settings.blocks_at_once)
     finally:
         for one in actors:

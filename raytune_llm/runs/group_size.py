@@ -5,6 +5,7 @@ All functions need a connected cluster, except for a run in this process.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,13 @@ from raytune_llm.runs.faults import waiting_line
 from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there, summed
 from raytune_llm.runs.nodes import workers_that_fit
 
+log = logging.getLogger(__name__)
 TOKENIZING_CPUS = 1
 """Minimum number of CPUs that are reserved for data.streaming, which tokenizes while the workers train."""
 NOTICE_AFTER_S = 2.0
 NOTICE_INTERVAL_S = 30.0
+ROOM_AFTER_S = 15.0
+"""An actor that has not started after this time may lack room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,12 @@ def missing_room(workers: int, each: Mapping[str, float], nodes: Sequence[Node])
     line = waiting_line(workers, each, summed(node.free for node in nodes), summed(node.total for node in nodes))
     whole = "a node with room for a whole worker" if workers == 1 else f"nodes with room for {workers} whole workers"
     return line or f"waiting for {whole}; what is free is spread over nodes"
+
+
+def warn_without_room(workers: int, each: Mapping[str, float]) -> None:
+    """Log what workers wait for; nothing where each has a place."""
+    if (line := missing_room(workers, each, nodes_there())) is not None:
+        log.warning(line)
 
 
 def _nodes() -> list[Mapping[str, float]]:

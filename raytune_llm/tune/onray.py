@@ -25,14 +25,13 @@ from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.config.tune import TuneConfig
+from raytune_llm.runs.group_size import ROOM_AFTER_S, warn_without_room
 from raytune_llm.runs.owner import wait_until_free
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, Share, share_of, workers_of
 from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial, set_libraries_aside
 
 MESSAGES = "messages"
-ROOM_AFTER_S = 15.0
-"""An actor that has not started after this time may lack room."""
 
 
 class TrialProcess:
@@ -75,6 +74,7 @@ class ActorPlace:
     def __init__(self, train: Train, tune: TuneConfig, share: Share, max_failures: int, others: Sequence[ActorPlace]) -> None:
         options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "concurrency_groups": {MESSAGES: 2}}
         self._start = partial(ray.remote(**options)(TrialProcess).remote, train, tune, share.cpus)
+        self._needs = {"CPU": share.cpus, "GPU": share.gpus}
         self._max_failures = max_failures
         self._others = others
         self._trains = Lock()
@@ -126,7 +126,8 @@ class ActorPlace:
             self._actor = self._start()
             started = self._actor.__ray_ready__.remote()
             while not ray.wait([started], timeout=ROOM_AFTER_S)[0]:
-                any(place.yields() for place in self._others)
+                if not any(place.yields() for place in self._others):
+                    warn_without_room(1, self._needs)
             self._report = self._messages("report").remote()
         done = self._actor.run.remote(run)
         while True:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
+from raytune_llm.data import store as store_module
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
-from raytune_llm.data.store import Store, finished_shard, key_of, under_construction, write_shard
+from raytune_llm.data.store import Store, finished_shard, key_of, locked, under_construction, write_shard
 from raytune_llm.errors import ConfigError, DataError
 
 ROWS = [([1, 2, 3], [1, 3]), ([4], [0, 1]), ([5, 6, 7, 8], [0, 2, 3, 4]), ([9, 9], [])]
@@ -104,6 +108,23 @@ def test_a_complete_store_of_another_user_is_taken_from_a_cache_that_can_not_be_
         under_construction(stores, "other"),
     ):
         pass
+
+
+def test_who_waits_for_a_store_says_which_process_makes_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(store_module, "SAID_AFTER_S", 0.1)
+    holds = [f"from pathlib import Path; from raytune_llm.data.store import locked; place = Path({str(tmp_path)!r})"]
+    holds += ["with locked(place, 'key'): print('held', flush=True); input()"]
+    with subprocess.Popen([sys.executable, "-c", "\n".join(holds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        mine = threading.Thread(target=lambda: locked(tmp_path, "key").__enter__())
+        mine.start()
+        while not caplog.messages:
+            time.sleep(0.05)
+        said = caplog.messages[0]
+        other.communicate(b"\n")
+        mine.join(30)
+    assert f"waiting for {tmp_path}/key, which process {other.pid} on {socket.gethostname()} makes (" in said
+    assert not mine.is_alive()
 
 
 def test_the_key_does_not_depend_on_the_order_of_its_parts():
