@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from raytune_llm import session
 from raytune_llm.config.resources import Cluster, Local, on_cluster, worker_counts
 from raytune_llm.config.rules import steps_have_one_micro_batch
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, RunLost
+from raytune_llm.errors import ConfigError, ResourceError, RunLost
+from raytune_llm.object_store import RemoteFolder, is_address
 from raytune_llm.report.metrics import Sink
 from raytune_llm.report.updates import EndOfRun, Notice, SampledAnswer, Update
 from raytune_llm.runs.channel import Channel
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 POLL_S = 0.2
+RAYS_FOLDER = ".ray"
 ENDS_WITHIN_S = 5.0
 """Longest wait for the workers of an interrupted group. They end with this process at the latest."""
 START_S = "30"
@@ -71,11 +74,17 @@ def fit_on_ray(
         if not on_cluster(resources) or not saved_steps(run.output_dir):
             raise  # a run that has started waits for its nodes to come back
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{resources.collective_timeout_s:g}"
-    group = Group(
-        run=run, resources=resources, stores=(train_store, eval_store), sinks=sinks, on_update=on_update, on_samples=on_samples
-    )
     failures = Failures(limit=resources.max_failures)
-    with closing(RayMetrics(run.name)) as metrics:
+    with closing(RayMetrics(run.name)) as metrics, _rays_folder(run.output_dir) as rays_folder:
+        group = Group(
+            run=run,
+            resources=resources,
+            stores=(train_store, eval_store),
+            rays_folder=rays_folder,
+            sinks=sinks,
+            on_update=on_update,
+            on_samples=on_samples,
+        )
         metrics.measured("failures", 0)
         on_lost = partial(metrics.measured, "failures")
         if isinstance(resources.num_workers, list):
@@ -104,6 +113,8 @@ class Group:
     run: TrainRun
     resources: Local | Cluster
     stores: tuple[str, str | None]
+    rays_folder: str
+    """Of Ray Train, in the output folder."""
     sinks: Sequence[Sink]
     on_update: Callable[[Update], None]
     on_samples: Callable[[Sequence[SampledAnswer]], None]
@@ -178,7 +189,7 @@ class Group:
             run_config=RunConfig(
                 name=f"group-{os.getpid()}-{secrets.token_hex(4)}",
                 logging_config=LoggingConfig(log_level="CRITICAL"),  # only for the screen; Ray's log files have everything
-                **_storage(self.run.output_dir, shared=on_cluster(resources)),
+                **_storage(self.run.output_dir, self.rays_folder, shared=on_cluster(resources)),
             ),
         )
 
@@ -224,14 +235,34 @@ def fit_elastic(
         why = f"saved at step {outcome.progress.step}, since {f'there is room for {wanted} workers' if grown else LEAVES}"
 
 
-def _storage(output_dir: str, *, shared: bool) -> dict[str, Any]:
-    """Where Ray Train stores its state of the group: in the output folder. shared: all nodes of a cluster must see it."""
+def _storage(output_dir: str, name: str, *, shared: bool) -> dict[str, Any]:
+    """Where Ray Train stores its state of a run's groups: in the output folder. shared: all nodes of a cluster must see it."""
     remote = remote_folder(output_dir)
     if remote is None or not shared:
-        return {"storage_path": str(work_folder(output_dir).resolve() / ".ray")}
+        return {"storage_path": str(work_folder(output_dir).resolve() / name)}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    return {"storage_path": remote.path(".ray"), "storage_filesystem": PyFileSystem(FSSpecHandler(remote.store))}
+    return {"storage_path": remote.path(name), "storage_filesystem": PyFileSystem(FSSpecHandler(remote.store))}
+
+
+@contextmanager
+def _rays_folder(output_dir: str) -> Iterator[str]:
+    """A folder in the output folder, by name, that is gone after the block. What drivers left that were killed goes before it."""
+    _remove(output_dir, RAYS_FOLDER)
+    name = f"{RAYS_FOLDER}/{secrets.token_hex(4)}"
+    try:
+        yield name
+    finally:  # no other one's: another driver may have taken the output folder
+        _remove(output_dir, name)
+        with suppress(OSError):
+            (work_folder(output_dir) / RAYS_FOLDER).rmdir()
+
+
+def _remove(output_dir: str, name: str) -> None:
+    shutil.rmtree(work_folder(output_dir) / name, ignore_errors=True)
+    if is_address(output_dir):
+        with suppress(OSError, ResourceError):  # where the store is away, the run ends with that
+            RemoteFolder(output_dir, patience_s=0.0).remove(name)
 
 
 def _fit(trainer: GroupTrainer, channel: Channel, size: GroupSize, yields: Callable[[], bool]) -> None:

@@ -105,8 +105,11 @@ def test_a_worker_killed_in_the_middle_does_not_show(plain: TrainRun, tmp_path: 
         elif isinstance(update, Notice):
             notices.append(update.text)
 
+    of_a_killed_driver = tmp_path / ".ray" / "1234"
+    of_a_killed_driver.mkdir(parents=True)
     result = api.train(run, sinks=[kill_one], on_update=begin, on_samples=told.append)
     assert killed
+    assert not (tmp_path / ".ray").exists()
     [line] = [notice for notice in notices if "failure 1 of 3" in notice]
     assert re.fullmatch(
         r"worker [01] on [\d.]+ died \(killed\); starting again from step \d+, failure 1 of 3 within an hour \(.*workers\.log.*",
