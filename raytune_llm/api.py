@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,17 @@ class TrainResult:
 def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) -> Prepared:
     """The token stores of a run, which are created unless they exist."""
     check_held_out(run.data, ranked=KINDS[run.stage.kind].ranked)
-    return pipeline.prepare(run.model, run.data, run.resources, kind=run.stage.kind, on_progress=on_progress)
+    kind, resources = run.stage.kind, run.resources
+
+    @cache
+    def check() -> None:
+        from raytune_llm.runs.nodes import check_nodes
+
+        if on_cluster(resources):
+            folders = {"data.cache": with_absolute_paths(run).data.cache}
+            check_nodes(resources, folders, workers=1, each={"CPU": 1.0}, report=lambda line: None)
+
+    return pipeline.prepare(run.model, run.data, resources, kind=kind, on_progress=on_progress, check_cluster=check)
 
 
 def train(

@@ -163,10 +163,12 @@ def prepare(
     *,
     kind: str = "conversations",
     on_progress: OnProgress | None = None,
+    check_cluster: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Open or build the token stores of the training data and of the evaluation data.
 
     kind: the kind of row that the stage trains on, a name in KINDS. Several data sets have one store each, and a joined one.
+    check_cluster: called when this process has joined Ray, before rows are prepared there.
     Raises ConfigError for settings, DataError for the data.
     """
     if is_address(data.cache):
@@ -175,7 +177,7 @@ def prepare(
     made: list[Timed] = []
     preprocessor = preprocessor_of(model, data, kind)
     ranked = KINDS[kind].ranked
-    job = Job(data, resources, on_progress)
+    job = Job(data, resources, on_progress, check_cluster=check_cluster)
     return Prepared(
         store=_prepare_all(declared(data, ranked=ranked), preprocessor, job, made),
         eval_store=_prepare_all(held_out, preprocessor, job, made)
@@ -242,6 +244,7 @@ class Job:
     on_progress: OnProgress | None = None
     max_tasks: int | None = None
     """Maximum number of concurrent tasks. None: one per CPU."""
+    check_cluster: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -412,6 +415,7 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, place: str, j
     if not chunks:
         return
     session.connect(job.resources)
+    job.check_cluster()
     import ray
 
     # Workers take seconds to import their modules, and do so while this process imports Ray Data.

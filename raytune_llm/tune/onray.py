@@ -189,6 +189,7 @@ def fits(runs: Sequence[TrainRun], *, on_gpu: bool) -> int:
     """So many of the largest of these runs at once in the memory of a GPU, or of this host where there is none. At least one:
     where a plan says that none fits, one is tried."""
     if on_gpu:
+        warn_without_room(1, {"GPU": 1.0})
         return ray.get(ray.remote(num_cpus=0, num_gpus=1)(_fits).remote(runs))
     return _fits(runs)
 

@@ -122,17 +122,23 @@ def test_a_driver_that_nodes_can_not_reach_is_refused(nodes):
     assert f"can't fetch what this process holds, at {FIRST}. Open all ports between that address and the nodes" in said
 
 
-def test_a_driver_on_another_node_than_the_head_joins_its_own_node_and_prepares_rows_on_both(nodes):
+@pytest.mark.parametrize("cache", ["tokens", "own"])
+def test_a_driver_on_another_node_than_the_head_joins_its_own_node_and_prepares_rows_on_both(nodes, cache):
     head, place = nodes
     rows = place / "rows.jsonl"
     turns = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "many"}]
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 2000)
-    words = ["model=tiny_random", f"data.path={rows}", f"data.cache={place}/tokens", "resources=cluster"]
+    words = ["model=tiny_random", f"data.path={rows}", f"data.cache={place}/{cache}", "resources=cluster"]
     variables = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     inside = ["ip", "netns", "exec", f"{head[:-1]}b", sys.executable, "-m", "raytune_llm", "prepare"]
     command = [*inside, *words, f"resources.address={FIRST}:{PORT}"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and "rows/s" in done.stdout, done.stderr
+    if cache == "own":
+        assert (
+            done.returncode == 2 and f"error: data.cache must be on storage that all nodes share: {SECOND} can't" in done.stderr
+        )
+    else:
+        assert done.returncode == 0 and "rows/s" in done.stdout, done.stderr
 
 
 def test_a_folder_that_a_node_does_not_see_is_refused(nodes):

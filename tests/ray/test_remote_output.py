@@ -62,6 +62,7 @@ def test_workers_with_disks_of_their_own_save_and_resume_through_the_store(
         assert len(list(tmp_path.glob(f"{name}/raytune_llm/tokens/*/*/manifest.json"))) == 1, "a copy of the tokens each"
     there = RemoteFolder(run.output_dir).files()
     assert {"checkpoints/step-20/COMPLETE", "checkpoints/step-20/state/__1_0.distcp", "finished.json"} <= there.keys()
+    assert not any(name.startswith(".ray") for name in there)
     assert (result.final / "adapter_model.safetensors").is_file() and result.final.is_relative_to(tmp_path / "driver")
 
     api.train(plain)
