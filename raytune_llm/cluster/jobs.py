@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import gzip
 import ipaddress
 import logging
 import os
@@ -20,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raytune_llm.cluster.package import write_zip
+from raytune_llm.config.packed import pack
 from raytune_llm.errors import ConfigError, ResourceError, first_line
 
 SILENT_S = 30.0
@@ -33,11 +32,7 @@ OUTPUT = "output_dir"
 STOPPED_EXIT_CODE = 130
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 SETTINGS = "RAYTUNE_LLM_RUN"
-COMMAND = (
-    f'folder=$(mktemp -d) && echo "${SETTINGS}" | base64 -d | gzip -d > "$folder/run.yaml" && '
-    'python -u -m raytune_llm train --config-dir "$folder" --config-name run log_format=json; '
-    'code=$?; rm -rf "$folder"; exit $code'
-)
+COMMAND = f"python -u -m raytune_llm train --config-env {SETTINGS} log_format=json"
 """The command of a job: train with the config of environment_of, and log events."""
 RAYS_OWN = ("Running entrypoint for job ", "Runtime env is setting up.")
 """Lines that Ray itself writes at the start of a job's log."""
@@ -203,7 +198,11 @@ class Jobs:
             if ended:
                 break
             await asyncio.sleep(RETRY_S[0])
-        for line in (rest + self.log(job)[seen:]).splitlines():
+        try:
+            rest += self.log(job)[seen:]
+        except ResourceError as error:  # it is on the node of the job's driver, which may be gone
+            on_reconnect(f"the end of the log can't be read ({error.lacking})")
+        for line in rest.splitlines():
             yield line
 
     async def _tail(self, job: str) -> AsyncGenerator[str, None]:
@@ -250,7 +249,7 @@ class Jobs:
         except RuntimeError as error:
             if "does not exist" in str(error):
                 raise ConfigError("job", f"must be a job of {self.address}: {str(error).strip()}") from None
-            raise ResourceError(f"{self.address} refused: {str(error).strip()}") from None
+            raise ResourceError(f"{self.address} refused: {_said(error)}") from None
 
 
 def address_of(setting: str | None) -> str:
@@ -298,7 +297,7 @@ def open_to_all(address: str) -> str | None:
 def environment_of(settings: str) -> dict[str, str]:
     """The environment variable that COMMAND reads the config from. The config is not in the package, which stays the same for all
     runs."""
-    return {SETTINGS: base64.b64encode(gzip.compress(settings.encode(), mtime=0)).decode()}
+    return {SETTINGS: pack(settings)}
 
 
 def come_back(job: str, address: str) -> str:
@@ -322,6 +321,12 @@ def _job(details: Any) -> Job:
         ended=None if not details.end_time else details.end_time / 1000,
         output_dir=metadata.get(OUTPUT),
     )
+
+
+def _said(error: RuntimeError) -> str:
+    """What a dashboard answers; of a traceback the error itself."""
+    text = str(error).strip().rstrip(".").rstrip()
+    return text.splitlines()[-1] if "Traceback" in text else text
 
 
 def _broken() -> tuple[type[Exception], ...]:

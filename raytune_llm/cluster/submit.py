@@ -11,7 +11,7 @@ from raytune_llm.cluster.job_log import JobLog
 from raytune_llm.cluster.jobs import COMMAND, Job, Jobs, address_of, come_back, environment_of
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.requirements import requirements
-from raytune_llm.cluster.travel import is_carried, on_cluster, place_of
+from raytune_llm.cluster.travel import check_entries, is_carried, on_cluster, place_of
 from raytune_llm.config.override_syntax import as_override
 from raytune_llm.config.paths import changed_paths, expanded, value_of
 from raytune_llm.config.plain import to_yaml
@@ -61,13 +61,16 @@ def job_of(run: SubmitRun | Sweep, folder: Path, files: Mapping[str, Path]) -> S
     if isinstance(run, Sweep):
         return _of_sweep(run, folder, files)
     training = on_cluster(as_train_run(run), folder, files)
+    check_entries(run, files)
     return Sent(run.name, training.output_dir, COMMAND, environment_of(to_yaml(training)))
 
 
 def _of_sweep(sweep: Sweep, folder: Path, files: Mapping[str, Path]) -> Sent:
     """The words of the sweep as they were typed, and its base's paths as the job has them."""
     for point in sweep.planned:
-        on_cluster(sweep.composed(point), folder, files)
+        composed = sweep.composed(point)
+        on_cluster(composed, folder, files)
+        check_entries(composed, files)
     base = on_cluster(sweep.base, folder, files)
     changed = changed_paths(sweep.base, base)
     # What the package carries is found there by the same words.

@@ -9,9 +9,14 @@ from typing import TypeVar
 
 from raytune_llm.cluster.package import CARRIED, EXAMPLES
 from raytune_llm.config.paths import ALWAYS, expanded, with_paths
+from raytune_llm.config.run import TrainRun
+from raytune_llm.data.kinds import KINDS
+from raytune_llm.data.readers.declarations import declared, declared_for_evaluation
 from raytune_llm.errors import ConfigError
 
 Run = TypeVar("Run")
+ROWS = ("data.path", "data.eval_path")
+"""Folders of which each file is read."""
 SHARED = "Set {setting}=/shared/..., a folder that all nodes of the cluster see."
 
 
@@ -28,6 +33,8 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
         path = expanded(value).absolute()
         place = _place(path, travelling, places)
         if place is not None and setting not in ALWAYS:
+            if setting in ROWS:
+                _check_whole(setting, path, travelling)
             return place
         if is_carried(value) and not files:
             return _in_image(setting, path, value)
@@ -51,6 +58,33 @@ def on_cluster(run: Run, folder: Path, files: Mapping[str, Path]) -> Run:
         )
 
     return with_paths(run, moved)
+
+
+def check_entries(run: TrainRun, files: Mapping[str, Path]) -> None:
+    """Raises ConfigError for files of data.dataset_info that the run reads and that are not sent, where data.dataset_info is."""
+    info = run.data.dataset_info
+    travelling = {path.absolute(): name for name, path in files.items()}
+    if info is None or not any(file.is_relative_to(expanded(info).absolute()) for file in travelling):
+        return
+    ranked = KINDS[run.stage.kind].ranked
+    for one in (*declared(run.data, ranked=ranked), *declared_for_evaluation(run.data, ranked=ranked)):
+        path = Path(one.path)
+        if path.is_absolute() and path.exists():
+            _check_whole(one.setting, path, travelling)
+
+
+def _check_whole(setting: str, path: Path, travelling: Mapping[Path, str]) -> None:
+    """Raises ConfigError where rows would be missing in the job without a word."""
+    there = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    seen = [file for file in there if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)]
+    if left := [file for file in seen if file.absolute() not in travelling]:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ConfigError(
+            setting,
+            f"must be sent whole: {left[0]}{more} would not be, because of git, submit.ignore or submit.folder",
+            got=str(path),
+            fix="Name the files that are meant, or put them on storage that all nodes of the cluster see.",
+        )
 
 
 def place_of(flag: str, path: Path, folder: Path, files: Mapping[str, Path]) -> str:

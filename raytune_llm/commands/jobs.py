@@ -15,6 +15,7 @@ from raytune_llm.cluster.job_log import JobLog, read
 from raytune_llm.cluster.jobs import Job, Jobs
 from raytune_llm.commands.submit import fetch, follow_to_its_end, known_address, say
 from raytune_llm.config.run import JobsRun
+from raytune_llm.errors import ResourceError
 from raytune_llm.report.facts import print_facts
 
 LISTED = 20
@@ -33,7 +34,7 @@ def _list(console: Console, jobs: Jobs, run: JobsRun) -> int:
         return 0
     table = Table("run", "job", "status", "step", "loss", "left", "took", box=None, padding=(0, 2, 0, 0))
     for job in found[:LISTED]:
-        log = read(jobs.log(job.id).splitlines())
+        log = _log_of(console, jobs, job)
         table.add_row(*(escape(text) for text in (job.run, job.id, job.status.lower(), *_how_far(log), _took(job))))
     console.print(table, highlight=False, soft_wrap=True)
     if len(found) > LISTED:
@@ -43,7 +44,7 @@ def _list(console: Console, jobs: Jobs, run: JobsRun) -> int:
 
 def _status(console: Console, jobs: Jobs, run: JobsRun) -> int:
     job = jobs.find(run.job or "")
-    step, loss, left = _how_far(read(jobs.log(job.id).splitlines()))
+    step, loss, left = _how_far(_log_of(console, jobs, job))
     facts = {
         "run": job.run,
         "job": job.id,
@@ -94,6 +95,15 @@ ACTIONS: Mapping[str, Callable[[Console, Jobs, JobsRun], int]] = {
     "stop": _stop,
     "fetch": _fetch,
 }
+
+
+def _log_of(console: Console, jobs: Jobs, job: Job) -> JobLog:
+    """Empty where the log can't be read: it is on the node of the job's driver, which may be gone."""
+    try:
+        return read(jobs.log(job.id).splitlines())
+    except ResourceError as error:
+        say(console, f"warning: the log of {job.id} can't be read ({error.lacking})")
+        return JobLog()
 
 
 def _how_far(log: JobLog) -> tuple[str, str, str]:

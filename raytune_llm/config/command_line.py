@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from raytune_llm.config import sweep
-from raytune_llm.config.load import defaults, load_config, run_under_hydra
+from raytune_llm.config.load import defaults, load_config, load_text, run_under_hydra
 from raytune_llm.config.options import groups, listed, of_verbs, options
 from raytune_llm.config.override_syntax import quoted
+from raytune_llm.config.packed import unpack
 from raytune_llm.errors import ConfigError
 
 HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -40,6 +41,8 @@ class Call:
     config_name: str | None
     hydra_flags: list[str]
     """Hydra's own flags other than --config-dir and --config-name. If there are any, Hydra runs the command."""
+    config_env: str | None = None
+    """The environment variable that holds the primary config (config/packed.py)."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +54,7 @@ def parse(verb: str, argv: list[str]) -> Call:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--config-name", "-cn")
+    parser.add_argument("--config-env")
     known, rest = parser.parse_known_args(argv)
     flags: list[str] = []
     overrides: list[str] = []
@@ -88,7 +92,7 @@ def parse(verb: str, argv: list[str]) -> Call:
     if listed:
         overrides.append(f"{LISTS[verb]}=[{','.join(map(quoted, listed))}]")
     _check_together(flags)
-    return Call(verb, overrides, known.config_dir, known.config_name, flags)
+    return Call(verb, overrides, known.config_dir, known.config_name, flags, known.config_env)
 
 
 def _is_override(word: str) -> bool:
@@ -121,13 +125,15 @@ def load(call: Call) -> Any:
         return sweep.load_submitted(call.overrides[1:], config_dir=call.config_dir, config_name=call.config_name)
     if call.verb == sweep.VERB:
         return sweep.load_sweep(call.overrides, config_dir=call.config_dir, config_name=call.config_name)
+    if call.config_env is not None:
+        return load_text(call.verb, unpack(call.config_env), call.overrides)
     return load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
 
 
 def with_override(verb: str | None, argv: Sequence[str], override: str) -> str | None:
-    """The command, quoted for a shell, with this override instead of all others of its group. None for --config-name, whose
-    config has no groups."""
-    if any(re.match(r"(--config-name|-cn)(=|$)", word) for word in argv):
+    """The command, quoted for a shell, with this override instead of all others of its group. None for --config-name and
+    --config-env, whose config has no groups."""
+    if any(re.match(r"(--config-name|-cn|--config-env)(=|$)", word) for word in argv):
         return None
     group = override.partition("=")[0]
     others = [word for word in argv if not re.match(rf"[+~]*{group}([.=@]|$)", word)]

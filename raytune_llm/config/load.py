@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hydra import main as hydra_main
@@ -100,6 +101,13 @@ def load_config(
     `run` in an output folder.
     """
     return to_run(verb, compose(verb, overrides, config_dir=config_dir, config_name=config_name))
+
+
+def load_text(verb: str, text: str, overrides: Sequence[str] = ()) -> Any:
+    """`load_config` of a primary config that is in no file. (Hydra reads files only; this one is gone again at once.)"""
+    with TemporaryDirectory(prefix="raytune-llm-") as folder:
+        (Path(folder) / "run.yaml").write_text(text)
+        return load_config(verb, overrides, config_dir=folder, config_name="run")
 
 
 def to_run(verb: str, composed: DictConfig) -> Any:

@@ -143,6 +143,26 @@ def test_a_job_that_there_is_not_is_named_with_those_that_there_are(head, capsys
     assert "no_such" in capsys.readouterr().err
 
 
+def test_jobs_are_listed_where_the_log_of_one_is_on_a_node_that_is_gone(head, monkeypatch, capsys):
+    job = Jobs(head).submit("logless", "true", files={}, output_dir="/none")
+    log = Jobs.log
+
+    def away(self: Jobs, name: str) -> str:
+        with self._explained():
+            if name == job:  # what a head answers whose node of that job does not
+                raise RuntimeError(
+                    "Request failed with status code 500: Traceback (most recent call last):\n  ...\nOSError: no route\n."
+                )
+        return log(self, name)
+
+    monkeypatch.setattr(Jobs, "log", away)
+    assert main(["jobs", f"submit.address={head}"]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: the log of {job} can't be read ({head} refused: OSError: no route)" in said
+    assert any(line.startswith("logless") for line in said.splitlines())
+    assert main(["jobs", "status", "logless", f"submit.address={head}"]) == 0
+
+
 class Broken:
     """A way to a port whose connections break off, once, after so many bytes from there since it was told to."""
 

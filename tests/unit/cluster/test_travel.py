@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from raytune_llm import load_config
 from raytune_llm.cluster import job_client
-from raytune_llm.cluster.jobs import Job, Jobs, address_of, open_to_all
+from raytune_llm.cluster.jobs import SETTINGS, Job, Jobs, address_of, open_to_all
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.submit import job_of
 from raytune_llm.cluster.travel import on_cluster
@@ -44,6 +46,58 @@ def test_a_file_that_travels_is_found_in_the_job_s_folder(folder, path):
 
 def test_a_folder_that_travels_is_found_there(folder):
     assert there(folder, "data.path=data").data.path == "data"
+
+
+def test_rows_of_a_folder_that_would_be_missing_in_the_job_are_refused(folder):
+    (folder / "data" / ".hidden").touch()
+    for place in ("data/other.jsonl", "data/more/one.jsonl"):
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text("{}\n")
+    run = load_config("submit", ["model=tiny_random", "output_dir=/shared/run", "data.path=data"])
+    for ignore in ([], ["left_out.jsonl"]):
+        assert on_cluster(run, folder, files_of(folder, ignore, max_mib=100)).data.path == "data"
+    with pytest.raises(ConfigError, match=r"data\.path must be sent whole: \S+more/one\.jsonl and 1 more would not be"):
+        on_cluster(run, folder, files_of(folder, ["o*.jsonl"], max_mib=100))
+
+
+def test_rows_that_dataset_info_names_are_refused_where_they_are_not_sent(folder):
+    (folder / "data" / "dataset_info.json").write_text(
+        json.dumps({"a": {"file_name": "rows.jsonl"}, "b": {"file_name": "b.jsonl"}})
+    )
+    (folder / "data" / "b.jsonl").write_text("{}\n")
+    files = files_of(folder, ["b.jsonl"], max_mib=100)
+
+    def sent(name: str) -> Any:
+        words = [
+            "model=tiny_random",
+            "output_dir=/shared/run",
+            "data.path=null",
+            "data.dataset_info=data",
+            f"data.names=[{name}]",
+        ]
+        return job_of(load_config("submit", words), folder, files)
+
+    sent("a")
+    with pytest.raises(ConfigError, match=r"file_name of b in data/dataset_info\.json must be sent whole: \S+b\.jsonl would not"):
+        sent("b")
+
+
+def test_a_job_reads_its_run_from_its_environment_and_leaves_no_file(folder, tmp_path, monkeypatch):
+    run = load_config("submit", ["model=tiny_random", "output_dir=/shared/run", "data.path=data"])
+    sent = job_of(run, folder, files_of(folder, [], max_mib=100))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    for name, value in sent.env.items():
+        monkeypatch.setenv(name, value)
+    python, _, _, module, *words = shlex.split(sent.command)
+    assert (python, module) == ("python", "raytune_llm")
+    job = command_line.load(command_line.parse(words[0], words[1:]))
+    assert job == replace(as_train_run(on_cluster(run, folder, files_of(folder, [], max_mib=100))), log_format="json")
+    assert not list((tmp_path / "temporary").iterdir())
+    for junk in ("", "no base64", "AAAA", sent.env[SETTINGS][:40], "H4sI" + "A" * 40):
+        monkeypatch.setenv(SETTINGS, junk)
+        with pytest.raises(ConfigError, match="--config-env must name an environment variable with a packed config"):
+            command_line.load(command_line.parse(words[0], words[1:]))
 
 
 def test_examples_travel_with_the_package(folder):
