@@ -89,3 +89,8 @@ class Diverged(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of the error's message, which in a traceback is the error itself, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from raytune_llm import packaged
-from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.errors import ConfigError, first_line, last_line
 from raytune_llm.models.attention.isolation import first_chunk
 from raytune_llm.models.finished import check_unchanged
 from raytune_llm.models.layers import largest
@@ -164,7 +164,7 @@ def _accepted(changes: Mapping[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:  # config classes have rules of their own, with many kinds of errors
         raise ConfigError(
-            "model.config", f"must be a config that transformers accepts ({_last_line(error)})", got=dict(changes)
+            "model.config", f"must be a config that transformers accepts ({last_line(error)})", got=dict(changes)
         ) from error
 
 
@@ -193,11 +193,7 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrained
 def _said(error: Exception) -> str:
     """The first line of the error's message, or the last line if the first only announces it."""
     first = first_line(error)
-    return _last_line(error) if first.endswith(":") else first
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    return last_line(error) if first.endswith(":") else first
 
 
 def load_model(

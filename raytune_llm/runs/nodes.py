@@ -23,7 +23,7 @@ from typing import Any
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.resources import Cluster
-from raytune_llm.errors import ConfigError, ResourceError, RunLost, UserError, first_line
+from raytune_llm.errors import ConfigError, ResourceError, RunLost, UserError, first_line, last_line
 from raytune_llm.object_store import check_writable, is_address
 
 PACKAGES = ("raytune-llm", "ray", "torch", "transformers", "peft", "numpy", "pyarrow")
@@ -359,7 +359,7 @@ def _measure_all_reduce(ids: Sequence[str], backend: str) -> dict[int, float]:
         meeting = ray.get(ranks[0].listen.remote(), timeout=ANSWER_TIMEOUT_S * 2)
         times = ray.get([one.measure.remote(meeting) for one in ranks], timeout=ANSWER_TIMEOUT_S * 2)
     except RayError as error:
-        what = "no answer" if isinstance(error, GetTimeoutError) else _last_line(error)
+        what = "no answer" if isinstance(error, GetTimeoutError) else last_line(error)
         raise ResourceError(
             f"an all-reduce over one process of each node failed by {backend} ({what})",
             "Open all ports between the nodes, and if they have several networks, start Ray with "
@@ -436,7 +436,7 @@ def _answers(asked: Sequence[Any], what: str) -> list[Any]:
         ) from None
     except RayTaskError as error:
         raise ResourceError(
-            f"a node of the cluster can't {what} ({_last_line(error)})",
+            f"a node of the cluster can't {what} ({last_line(error)})",
             "Give all nodes the same image or environment as the driver.",
         ) from None
     except RayError as error:
@@ -444,8 +444,3 @@ def _answers(asked: Sequence[Any], what: str) -> list[Any]:
             f"a node of the cluster was lost before it could {what} ({first_line(error)})",
             "See `ray status`; the same command tries again.",
         ) from None
-
-
-def _last_line(error: Exception) -> str:
-    """The last line of an error's text, which in a traceback is the error itself."""
-    return str(error).strip().splitlines()[-1]

@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, SavedAdapter
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.bank_weights import PREFIX, Layout, Weights, write
+from raytune_llm.models.adapters.bank_weights import Layout, Weights, write
 from raytune_llm.models.adapters.banked import BankedLinear, BankShape, Now, join
 from raytune_llm.models.adapters.grouped import group
 from raytune_llm.models.adapters.method import LINEAR, sides
 from raytune_llm.models.adapters.protocol import OWN
 from raytune_llm.models.adapters.routes import BySlot, Dropout, Dropped, InTurn, Masked, One, Ranges, Route, Sorted
+from raytune_llm.models.adapters.saved import PREFIX
 from raytune_llm.models.layers import is_passed_over, named_layers
 
 ROUTE = "adapter_route"

@@ -23,9 +23,9 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.banked import BankShape
 from raytune_llm.models.adapters.method import new_config, sides
 from raytune_llm.models.adapters.methods import method_of
-from raytune_llm.models.adapters.saved import WEIGHTS, read_config, tensor_names
+from raytune_llm.models.adapters.saved import PREFIX, WEIGHTS, read_config, tensor_names
 
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+A, B = ".lora_A.weight", ".lora_B.weight"
 """A tensor's name in a file is PREFIX + the layer's name + A or B."""
 MORE = {
     "use_dora": "DoRA",

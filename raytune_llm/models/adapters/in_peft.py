@@ -25,14 +25,21 @@ from raytune_llm.models.adapters.grouped import described, group
 from raytune_llm.models.adapters.method import Method, new_config, tied_ends
 from raytune_llm.models.adapters.methods import method_of, saved_method
 from raytune_llm.models.adapters.protocol import OWN, Observer
-from raytune_llm.models.adapters.saved import WEIGHTS, changes_one_end, load_weights, names_of, read_config, token_ids_of, unfit
+from raytune_llm.models.adapters.saved import (
+    PREFIX,
+    WEIGHTS,
+    changes_one_end,
+    load_weights,
+    names_of,
+    read_config,
+    token_ids_of,
+    unfit,
+)
 from raytune_llm.models.multimodal import is_multimodal
 from raytune_llm.models.quantization.base import Quantization
 from raytune_llm.models.stored import of_type
 
 SCORE_HEAD = ("score.weight",)
-PREFIX = "base_model.model."
-"""The prefix of parameter names in PEFT's model."""
 
 
 class PeftAdapters:

@@ -21,12 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import ConfigError, last_line
 from raytune_llm.models.adapters.merged_experts import MergedExperts, layer_of
-from raytune_llm.models.adapters.saved import WEIGHTS, read_config, token_ids_of
+from raytune_llm.models.adapters.saved import PREFIX, WEIGHTS, read_config, token_ids_of
 from raytune_llm.models.finite import all_finite
 
-PREFIX = "base_model.model."
 BASE = ".base_layer.weight"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 OF_ADAPTERS = (".lora_", ".oft_", ".boft_", ".hada_", ".lokr_", ".vera_", ".ia3_", ".ln_tuning_", ".hra_")
@@ -156,7 +155,7 @@ class Mergeable:
                 own = {name: file.get_slice(key).get_shape() for name, key in self._expert_keys.items()}
             self._experts = MergedExperts(model, self._config, own, stored)
         except (LookupError, ValueError) as error:
-            raise self._unfit("experts", _last_line(error)) from None
+            raise self._unfit("experts", last_line(error)) from None
 
     def _read_of_experts(self, name: str) -> Tensor:
         key = self._expert_keys[name]
@@ -189,7 +188,7 @@ class Mergeable:
                 warnings.filterwarnings("ignore", message="Specified to not load vera_A")
                 found = set_peft_model_state_dict(adapted, tensors)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise self._unfit(layer, _last_line(error)) from None
+            raise self._unfit(layer, last_line(error)) from None
         if found.unexpected_keys or any(not key.endswith((".weight", ".bias")) for key in found.missing_keys):
             raise self._unfit(layer, f"tensors don't fit ({[*found.unexpected_keys, *found.missing_keys][0]})")
         return adapted.merge_and_unload().get_submodule(layer).get_parameter(part).data
@@ -217,7 +216,7 @@ class Mergeable:
         try:
             adapted = get_peft_model(one, config, autocast_adapter_dtype=True)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise self._unfit(layer, _last_line(error)) from None
+            raise self._unfit(layer, last_line(error)) from None
         assert isinstance(adapted, PeftModel)
         return adapted
 
@@ -236,10 +235,6 @@ class Mergeable:
 
 def _embeds(tensors: Mapping[str, Tensor]) -> bool:
     return any(".lora_embedding_" in key for key in tensors)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _alone(name: str, shape_OK: Sequence[int], own: Mapping[str, Tensor], *, is_embedding: bool) -> nn.Module:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raytune_llm.errors import ConfigError
-from raytune_llm.models.adapters.bank_weights import PREFIX, A, B, Misfit, more_than_lora, scale_of
+from raytune_llm.models.adapters.bank_weights import A, B, Misfit, more_than_lora, scale_of
 from raytune_llm.models.adapters.bank_weights import write as write_tensors
-from raytune_llm.models.adapters.saved import WEIGHTS, read_config
+from raytune_llm.models.adapters.saved import PREFIX, WEIGHTS, read_config
 
 
 @dataclass(frozen=True)

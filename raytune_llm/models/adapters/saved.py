@@ -19,6 +19,8 @@ from raytune_llm.models.adapters.peft_alone import find_bitsandbytes
 from raytune_llm.models.finished import check_unchanged
 
 CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+"""The prefix of parameter names in PEFT's model and in its files."""
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NUMBERS = ("r", "alpha", "lora_alpha")
 """Numeric entries of a config, which PEFT does not check."""
