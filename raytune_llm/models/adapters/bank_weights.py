@@ -129,7 +129,9 @@ class Layout:
                 continue
             if a_RK is None or b_OR is None:
                 raise Misfit(f"it has only one of A and B for {name}")
-            rank = len(a_RK)
+            rank = len(a_RK) if a_RK.ndim else 0
+            if not rank:
+                raise Misfit(f"{name} has an A of shape {list(a_RK.shape)}, which has no rank")
             if a_RK.shape != (rank, inputs) or b_OR.shape != (outputs, rank):
                 raise Misfit(f"{name} has A {list(a_RK.shape)} and B {list(b_OR.shape)} there, and is {inputs} -> {outputs} here")
             if rank > self.shape.rank:

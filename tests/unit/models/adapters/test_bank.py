@@ -319,6 +319,7 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
         (narrow, {}, weights, "for layers without a bank"),
         (bank, {}, {name: value[:, :-1].contiguous() for name, value in weights.items()}, "has A .* there, and is 32 -> 32 here"),
         (bank, {}, {}, "holds no tensor"),
+        (bank, {}, {name: torch.tensor(1.0) for name in weights}, r"has an A of shape \[\], which has no rank"),
         (bank, {"use_dora": True}, weights, "be plain LoRA .* and is with DoRA"),
         (bank, {"modules_to_save": ["lm_head"]}, weights, "and is with whole modules"),
         (bank, {"bias": "lora_only"}, weights, "and is with biases"),
