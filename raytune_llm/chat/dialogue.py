@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from raytune_llm.atomic_file import write_atomically
 from raytune_llm.chat.client import Answer, Client, Model, Piece, Prompt
 from raytune_llm.config.paths import expanded
-from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.errors import ConfigError, DataError, UserError
 
 SETTINGS: dict[str, type] = {
     "temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "min_tokens": int, "seed": int,
@@ -46,8 +48,8 @@ class Dialogue:
         for message in reversed(self.messages):
             if message["role"] == "user":
                 return None
-            for call in message.get("tool_calls", ()):
-                if call["id"] not in answered:
+            for call in message.get("tool_calls") or ():
+                if call.get("id") not in answered:
                     return call
         return None
 
@@ -65,6 +67,16 @@ class Dialogue:
         finally:
             if answer.text or answer.reasoning or answer.calls or answer.finish:
                 self.messages.append(answer.message())
+
+    @contextmanager
+    def unchanged_by_errors(self) -> Iterator[None]:
+        """Where the server refuses or fails, nothing was asked."""
+        before = list(self.messages)
+        try:
+            yield
+        except UserError:
+            self.messages = before
+            raise
 
     def request(self, model: str) -> dict[str, Any]:
         """The body of a chat completion request."""
@@ -105,6 +117,10 @@ class Dialogue:
             self.messages.pop()
         return bool(self.messages)
 
+    def refresh(self) -> None:
+        """Ask which adapters there are: a server may have got others."""
+        self.models = self.client.models() or self.models
+
     def use(self, name: str) -> None:
         """Let an adapter answer, or the base model (`none`)."""
         known = [model.id for model in self.models]
@@ -123,10 +139,14 @@ class Dialogue:
         if value == "none":
             self.settings.pop(name, None)
             return
+        kind = SETTINGS[name]
         try:
-            self.settings[name] = SETTINGS[name](value)
+            read = kind(value)
         except ValueError:
-            raise ConfigError(name, f"must be {'a whole number' if SETTINGS[name] is int else 'a number'}", got=value) from None
+            read = math.nan
+        if isinstance(read, float) and not math.isfinite(read):
+            raise ConfigError(name, f"must be {'a whole number' if kind is int else 'a number'}", got=value)
+        self.settings[name] = read
 
     def save(self, path: Path) -> None:
         """Write the conversation as a row that `data=openai` trains on. An existing file is replaced."""
@@ -140,23 +160,43 @@ class Dialogue:
         """Replace the conversation by a saved one. Raises DataError for a file that has none."""
         row = _json_of(path)
         messages = row.get("messages") if isinstance(row, dict) else None
-        if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
             raise DataError(str(path), 'must hold one conversation: {"messages": [{"role": ..., "content": ...}, ...]}')
-        system = [one.get("content") for one in messages if one["role"] == "system"]
-        self.system = system[0] if system else None
-        self.messages = [one for one in messages if one["role"] != "system"]
-        self.tools = row.get("tools") or []
+        tools = _checked_tools(row.get("tools") or [], path)
+        begins = messages[:1] if messages and messages[0]["role"] == "system" else []
+        self.system = begins[0].get("content") if begins else None
+        self.messages, self.tools = messages[len(begins) :], tools
 
     def load_tools(self, path: Path) -> None:
         """Raises DataError for a file that is not a JSON list of tools."""
-        tools = _json_of(path)
-        if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
-            raise DataError(str(path), "must hold a list of tools, as in the API")
-        self.tools = [one if "function" in one else {"type": "function", "function": one} for one in tools]
+        self.tools = _checked_tools(_json_of(path), path)
 
     @property
     def _template_settings(self) -> dict[str, Any]:
         return {} if self.thinking is None else {"chat_template_kwargs": {"enable_thinking": self.thinking}}
+
+
+def _is_message(value: Any) -> bool:
+    """It has a role, a text or texts, and calls of functions by their names."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    kinds = (str, type(None)) if value["role"] == "system" else (str, list, type(None))
+    calls = value.get("tool_calls") or []
+    return isinstance(value.get("content"), kinds) and isinstance(calls, list) and all(map(_has_name, calls))
+
+
+def _has_name(value: Any) -> bool:
+    function = value.get("function") if isinstance(value, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _checked_tools(tools: Any, path: Path) -> list[dict[str, Any]]:
+    """Functions alone become tools. Raises DataError."""
+    found: list[Any] = tools if isinstance(tools, list) else [None]
+    found = [{"type": "function", "function": one} if isinstance(one, dict) and "function" not in one else one for one in found]
+    if not all(map(_has_name, found)):
+        raise DataError(str(path), "must hold a list of tools, as in the API")
+    return found
 
 
 def _json_of(path: Path) -> Any:

@@ -46,6 +46,7 @@ def run_command(terminal: Terminal, line: str) -> None:
 
 def _adapter(terminal: Terminal, name: str) -> None:
     dialogue = terminal.dialogue
+    dialogue.refresh()
     if name:
         dialogue.use(name)
         return
@@ -61,6 +62,7 @@ def _compare(terminal: Terminal, text: str) -> None:
     question = text or dialogue.question
     if question is None:
         raise ConfigError("/compare", "needs a question", fix="For example, /compare What is a fox?")
+    dialogue.refresh()
     request = _request(dialogue, question, is_new=bool(text))
     names = list(dict.fromkeys([dialogue.base, dialogue.model, *(model.id for model in dialogue.models)]))[:MAX_COMPARED]
     answers = {name: Answer() for name in names}
@@ -134,13 +136,14 @@ def _tools(terminal: Terminal, file: str) -> None:
         dialogue.tools = []
     elif file:
         dialogue.load_tools(Path(file))
-    terminal.console.print(Text(", ".join(tool["function"].get("name", "?") for tool in dialogue.tools) or "no tools"))
+    terminal.console.print(Text(", ".join(tool["function"]["name"] for tool in dialogue.tools) or "no tools"))
 
 
 def _retry(terminal: Terminal, _: str) -> None:
-    if not terminal.dialogue.remove_answer():
-        raise ConfigError("/retry", "needs an earlier question", fix="Say something first.")
-    terminal.answer()
+    with terminal.dialogue.unchanged_by_errors():
+        if not terminal.dialogue.remove_answer():
+            raise ConfigError("/retry", "needs an earlier question", fix="Say something first.")
+        terminal.answer()
 
 
 def _undo(terminal: Terminal, _: str) -> None:

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.text import Text
 
 from raytune_llm.chat.client import Answer
-from raytune_llm.chat.dialogue import Dialogue
 from raytune_llm.chat.open import open_dialogue
 from raytune_llm.chat.slash import COMMANDS, Leave, run_command
 from raytune_llm.chat.terminal import Terminal
@@ -78,15 +77,11 @@ def _converse(terminal: Terminal) -> None:
 
 
 def _answered(terminal: Terminal, text: str) -> None:
-    dialogue: Dialogue = terminal.dialogue
-    before = list(dialogue.messages)
-    dialogue.say(text)
-    try:
+    dialogue = terminal.dialogue
+    with dialogue.unchanged_by_errors():
+        dialogue.say(text)
         if dialogue.open_call is None:  # else the user is asked for the call's result first
             terminal.answer()
-    except UserError:
-        dialogue.messages = before  # the question failed: leave it out of the conversation
-        raise
 
 
 def _complete_commands() -> None:

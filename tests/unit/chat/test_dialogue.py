@@ -7,25 +7,31 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 import torch
 import uvicorn
+from rich.console import Console
 
 from raytune_llm import load_config
 from raytune_llm.chat.client import Answer, Client, Model
 from raytune_llm.chat.dialogue import Dialogue
 from raytune_llm.chat.open import adapter_name
+from raytune_llm.chat.slash import run_command
+from raytune_llm.chat.terminal import Terminal
 from raytune_llm.commands import chat as chat_command
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
 from raytune_llm.engines.native.engine import NativeEngine
-from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.errors import ConfigError, DataError, ResourceError
 from raytune_llm.serve.api.app import build_app
 from raytune_llm.serve.api.server import Access
 from raytune_llm.serve.backend import InProcessBackend, ModelFacts
 from raytune_llm.serve.prompts import Prompts
-from tests.toy_engine import ToyRunner
+from tests.toy_engine import ToyRunner, adapter_folder
+from tests.unit.serve.conftest import KEY
 
 TEMPLATE = """{% for tool in tools or [] %}tool {{ tool.function.name }}
 {% endfor %}{% for message in messages %}<|im_start|>{{ message.role }}
@@ -137,11 +143,26 @@ def test_a_saved_conversation_is_loaded_as_it_was(scripted, dialogue, tmp_path):
     assert (other.system, other.messages, other.tools) == (dialogue.system, dialogue.messages, dialogue.tools)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"messages": [1]}', '{"rows": []}'])
+MESSAGE = '{"messages": [{"role": "assistant", "content": "a", %s}]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", '{"messages": [1]}', '{"rows": []}', '{"messages": [{"role": 1}]}', MESSAGE % '"tool_calls": 5',
+        MESSAGE % '"content": 5', MESSAGE % '"tool_calls": [{"id": "a"}]', '{"messages": [{"role": "system", "content": ["a"]}]}',
+        '{"messages": [], "tools": {"a": 1}}', '{"messages": [], "tools": [{"function": "light"}]}',
+    ],
+)  # fmt: skip
 def test_a_file_without_a_conversation_is_refused_by_its_name(dialogue, tmp_path, text):
     (tmp_path / "talk.json").write_text(text)
+    dialogue.say("before")
     with pytest.raises(DataError, match=r"talk\.json"):
         dialogue.load(tmp_path / "talk.json")
+    assert dialogue.messages == [{"role": "user", "content": "before"}]
+    if text != "[]":  # no tools
+        with pytest.raises(DataError, match=r"talk\.json"):
+            dialogue.load_tools(tmp_path / "talk.json")
     with pytest.raises(DataError, match=r"missing\.json"):
         dialogue.load_tools(tmp_path / "missing.json")
 
@@ -164,6 +185,110 @@ def test_settings_have_the_types_that_the_api_takes(dialogue):
     assert "top_k" not in dialogue.settings
     with pytest.raises(ConfigError, match="top_k must be a whole number, got 'x'"):
         dialogue.set("top_k", "x")
+    for value in ("nan", "inf", "-inf", "1e999"):
+        with pytest.raises(ConfigError, match="temperature must be a number"):
+            dialogue.set("temperature", value)
+    assert dialogue.settings == {"temperature": 0, "stop": "END"}
+
+
+def test_messages_that_other_programs_saved_are_loaded_with_all_their_system_messages(scripted, dialogue, tmp_path):
+    said = {"role": "assistant", "content": "Yes.", "tool_calls": None}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "light", "arguments": "{}"}}]}
+    messages = [{"role": role, "content": role} for role in ("system", "user", "system")]
+    (tmp_path / "talk.json").write_text(json.dumps({"messages": [*messages, said, called]}))
+    dialogue.load(tmp_path / "talk.json")
+    assert dialogue.system == "system" and [one["role"] for one in dialogue.all_messages[:3]] == ["system", "user", "system"]
+    assert dialogue.open_call is None  # it has no id, by which a result could name it
+
+
+def test_characters_that_may_end_lines_come_as_they_are(scripted, dialogue):
+    text = "one\u2028two\u2029three\x85four\x0cfive"
+    scripted[0].script = text.encode()
+    dialogue.say("Lines?")
+    assert answered(dialogue)[0].text == text
+    body = {**dialogue.request("base"), "stream": True}
+    assert scripted[1]._http.post("/v1/chat/completions", json=body).content.isascii()
+
+
+def test_an_answer_is_as_long_as_what_is_left_of_the_context(scripted, dialogue):
+    scripted[0].script = b"Yes."
+    dialogue.settings["max_tokens"] = 5000
+    dialogue.say("Is it?")
+    assert answered(dialogue)[0].text == "Yes."
+    dialogue.say("x" * 2000)
+    with pytest.raises(ResourceError, match="maximum length is 1000 tokens"):
+        answered(dialogue)
+
+
+def test_an_answer_that_can_not_be_had_anew_stays(scripted, dialogue):
+    scripted[0].script = b"Yes."
+    dialogue.say("Is it?")
+    answered(dialogue)
+    before = list(dialogue.messages)
+    dialogue.settings["temperature"] = 9
+    with pytest.raises(ResourceError, match="400"):
+        run_command(Terminal(dialogue, Console(file=io.StringIO())), "/retry")
+    assert dialogue.messages == before
+
+
+def test_adapters_that_came_meanwhile_are_listed_and_taken(server, tmp_path):
+    client = Client.at(server.url, KEY)
+    dialogue = Dialogue(client, client.models(), "base")
+    server.engine.add_adapter("late", adapter_folder(tmp_path / "late", 1))
+    try:
+        run_command(Terminal(dialogue, Console(file=io.StringIO())), "/adapter late")
+        assert dialogue.model == "late"
+    finally:
+        server.engine.remove_adapter("late")
+        client.close()
+
+
+@contextmanager
+def other_server(status: int, content: bytes) -> Iterator[Client]:
+    """A client of a server that answers so, whatever is asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        client = Client.at(f"http://127.0.0.1:{http.server_port}", None)
+        yield client
+        client.close()
+        http.shutdown()
+
+
+@pytest.mark.parametrize("answer", ["<html>", '{"models": []}', "[]", '{"data": [1]}', '{"data": [{}]}', "5"])
+def test_a_server_that_is_none_of_this_api_is_named(answer):
+    with other_server(200, answer.encode()) as client, pytest.raises(ResourceError, match="does not answer as OpenAI's API does"):
+        client.models()
+
+
+@pytest.mark.parametrize("event", ["<html>", "[1]", '{"choices": [5]}', '{"choices": [{"delta": 5}]}', '{"error": "no"}'])
+def test_a_stream_that_is_none_of_this_api_is_an_error(event):
+    with other_server(200, f"data: {event}\n\n".encode()) as client, pytest.raises(ResourceError):
+        list(client.stream(Answer(), {"model": "base", "messages": []}))
+
+
+def test_a_redirection_is_no_answer():
+    with other_server(307, b"") as client, pytest.raises(ResourceError, match="the server answers 307"):
+        client.models()
+
+
+def test_an_address_and_a_key_that_can_be_none_are_refused():
+    with pytest.raises(ConfigError, match=r"chat\.url must be an address"):
+        Client.at("http://127.0.0.1:80x", None)
+    with pytest.raises(ConfigError, match=r"chat\.api_key must be of ASCII"):
+        Client.at("http://127.0.0.1:80", "schlüssel")
 
 
 def test_the_base_is_refused_where_the_adapter_is_part_of_the_model(scripted):
