@@ -17,16 +17,16 @@ from raytune_llm.errors import ConfigError, DataError, first_line
 
 LETTERS = ("A", "B", "C", "D")
 AVERAGE = "Average"
-"""The score over all questions of a task, which stands beside those of categories."""
+"""The name of the score over all questions of a task, next to the names of categories."""
 LFS = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that Git LFS puts in the place of another."""
+"""The beginning of a Git LFS pointer file."""
 DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-"""What reading such files raises; RuntimeError: a password is asked for."""
+"""The errors of reading such files; RuntimeError: the zip file has a password."""
 SPLITS = {"train": "dev", "validation": "val", "test": "test"}
 """A task's split -> its folder."""
 TASKS = ("mmlu_test", "mmlu_validation", "ceval_validation", "ceval_test", "cmmlu_test")
 MEANT = {"mmlu": "mmlu_test", "ceval": "ceval_validation", "cmmlu": "cmmlu_test"}
-"""What a benchmark's name alone stands for: the split whose answers are public, or the larger one of these."""
+"""Benchmark -> its default task: the split with public answers, or the larger one if both have them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Layout:
     path: Callable[[str, str], str]
     """(folder of the split, subject) -> path in the zip file."""
     columns: Sequence[str] | None
-    """None: the first line names them."""
+    """The names of columns; None: the first line has them."""
 
 
 LAYOUTS = {
@@ -101,7 +101,7 @@ def read_task(task: str, folder: Path) -> list[Subject]:
 
 
 def _reader(place: Path, name: str) -> Callable[[str], str]:
-    """The text of a file, of the folder or else of its zip file."""
+    """The text of a file in the folder, or else in its zip file."""
     packed = place / f"{name}.zip"
     with readable(packed):
         names = set(zipfile.ZipFile(packed).namelist()) if packed.is_file() else set()
@@ -123,7 +123,7 @@ def _reader(place: Path, name: str) -> Callable[[str], str]:
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Raises DataError where the file is damaged, or only stands for another."""
+    """A context that raises DataError if the file is damaged or a Git LFS pointer."""
     try:
         yield
     except UnicodeDecodeError:
@@ -157,7 +157,7 @@ def _questions(text: str, where: str, columns: Sequence[str] | None) -> list[Cho
 def question_of(
     question: str | None, choices: Sequence[str | None], answer: str | None, which: str, where: str, row: object
 ) -> ChoiceQuestion:
-    """Raises DataError for a row that is none."""
+    """The question of a row. Raises DataError if the row is not a question."""
     given = {letter: text for letter, text in zip(LETTERS, choices, strict=False) if text is not None}
     if not question or len(given) < len(LETTERS) or len(choices) > len(LETTERS) or answer not in ("", *given):
         problem = f"{which} must have a question, the choices A to D and the letter of one as the answer, got {row}"

@@ -12,18 +12,18 @@ BEFORE = {
     "en": "The following are multiple choice questions (with answers) about {subject}.\n\n",
     "zh": "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n",
 }
-"""What the first user turn begins with, by language."""
+"""Language -> the beginning of the first user turn."""
 AFTER = {"en": "\nAnswer:", "zh": "\n答案："}
 
 
 def examples_of(subject: Subject, number: int, seed: int) -> list[ChoiceQuestion]:
-    """The same for all questions of a subject, so that an engine computes them once. LLaMA-Factory draws them anew for each
-    question, without a seed."""
+    """The examples, which are the same for all questions of a subject, so that an engine computes them once. LLaMA-Factory draws
+    new ones for each question, without a seed."""
     return random.Random(f"{seed} {subject.key}").sample(list(subject.examples), min(number, len(subject.examples)))
 
 
 def asked(question: ChoiceQuestion, examples: Sequence[ChoiceQuestion], subject: str, lang: str) -> Conversation:
-    """What comes before the answer."""
+    """The conversation before the answer."""
     messages = []
     for example in examples:
         messages += [Message("user", _text(example, lang)), Message("assistant", example.answer)]

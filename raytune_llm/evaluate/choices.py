@@ -1,4 +1,4 @@
-"""Multiple-choice benchmarks in LLaMA-Factory's protocol: of the letters A to D, which is likeliest to begin the answer."""
+"""Multiple-choice benchmarks in LLaMA-Factory's protocol: the answer is the likeliest first token among the letters A to D."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raytune_llm.predict.rows import ConversationPrompts
 
 CHINESE = ("ceval", "cmmlu")
 SHOTS, SEED = 5, 42
-"""Where they are not set."""
+"""The defaults of evaluate.shots and evaluate.seed."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def tasks_of(settings: EvaluateConfig) -> list[Task]:
 
 
 def _subjects(task: str, benchmark: str, folder: Path | None) -> list[Subject]:
-    """Of files in LLaMA-Factory's layout or as a hub has them, or of a hub."""
+    """The subjects from files in LLaMA-Factory's or the hub's layout, or from a hub."""
     if folder is None:
         return read_parquet_task(task, downloaded(task))
     if has_parquet(folder / benchmark):
@@ -111,7 +111,8 @@ def answer_task(
     answer: Answering,
     progress: Callable[[int], None],
 ) -> Letters:
-    """Raises DataError for a question that is too long. progress: how many more are answered."""
+    """The answers of one model. progress: called with the number of newly answered questions. Raises DataError for a question
+    that is too long."""
     letter_of = letter_ids(prompts.tokenizer)
     sampling = Sampling(max_new_tokens=1, among=tuple(letter_of), ignore_end=True)
     found: dict[str, list[str]] = {subject.key: [] for subject in task.subjects}
@@ -132,7 +133,7 @@ def answer_task(
 
 
 def letter_ids(tokenizer: Any) -> dict[int, str]:
-    """The last token of each letter by itself."""
+    """The last token of each letter when it is tokenized alone."""
     ids = [tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in LETTERS]
     assert len(set(ids)) == len(LETTERS)
     return dict(zip(ids, LETTERS, strict=True))
@@ -148,7 +149,7 @@ def _prompts(task: Task, settings: EvaluateConfig, prompts: ConversationPrompts)
 
 
 def scores_of(task: Task, letters: Letters, settings: EvaluateConfig) -> dict[str, Score]:
-    """Over all questions, and by category and subject. Questions without a known answer don't count."""
+    """The scores over all questions, and by category and subject. Questions without a known answer are left out."""
     counts: dict[str, list[int]] = {}
     for subject in task.subjects:
         for question, letter in zip(questions_of(subject, settings), letters[subject.key], strict=True):
@@ -161,7 +162,7 @@ def scores_of(task: Task, letters: Letters, settings: EvaluateConfig) -> dict[st
 
 
 def _score(correct: int, questions: int, *, in_table: bool) -> Score:
-    """The mean of questions that are right or wrong."""
+    """The fraction of right answers, with its standard error."""
     mean = correct / questions
     stderr = math.sqrt(mean * (1 - mean) / (questions - 1)) if questions > 1 else None
     return Score(mean, stderr, {"correct": correct, "questions": questions}, in_table)

@@ -1,4 +1,4 @@
-"""How many held-out rows the model answers word for word as their reference does."""
+"""Exact match: the fraction of held-out rows for which the generated answer equals the reference."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from raytune_llm.engines.requests import Completion, Request, Sampling
 
 
 class Generates(Protocol):
-    """An engine, as far as it is asked here."""
+    """The part of an engine that is used here."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Texts without special tokens and outer white space."""
+    """Prompt, answer and reference as texts, without special tokens and without white space at both ends."""
 
     prompt: str
     reference: str
@@ -47,8 +47,7 @@ def exact_match(
     max_new_tokens: int,
     adapter: str | None = None,
 ) -> ExactMatch:
-    """Greedy answers to at least one row of a token store, each given as ids of its prompt and of the answer that stands there,
-    with which they are compared."""
+    """Generate greedy answers and compare them with references. rows: (prompt ids, reference's ids), at least one."""
     prompts, references = zip(*rows, strict=True)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     completions = engine.generate([Request(prompt_ids=prompt, sampling=sampling, adapter=adapter) for prompt in prompts])

@@ -21,7 +21,7 @@ TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt",
 
 
 class Harness:
-    """Its tasks are loaded, their data, too."""
+    """The tasks, loaded with their data."""
 
     def __init__(self, settings: EvaluateConfig) -> None:
         self._settings = settings
@@ -79,8 +79,8 @@ class Harness:
 
 
 def _contents(tasks: Sequence[str], data: Sequence[Path]) -> str:
-    """Of the package's version, of YAML files with what lies beside them, which may be their functions and data, and of data that
-    lie elsewhere."""
+    """A hash of the package's version, of tasks' YAML files with the files next to them (functions and data), and of data
+    elsewhere."""
     digest = hashlib.sha256(version("lm_eval").encode())
     places = [place for place in map(Path, tasks) if place.exists()]
     beside = [file for place in places for file in (place.rglob("*") if place.is_dir() else place.parent.iterdir())]
@@ -93,7 +93,7 @@ def _contents(tasks: Sequence[str], data: Sequence[Path]) -> str:
 
 
 def _write_samples(folder: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Of each task, a line a question: what was asked and answered, and its scores, as the package writes them."""
+    """Write a file for each task, with one line per question: request, answer and scores, in the package's format."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = [json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows]

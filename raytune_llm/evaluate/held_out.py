@@ -1,4 +1,4 @@
-"""How many held-out rows of a run's data a model answers word for word: the base, or what training made of it."""
+"""Exact match on held-out rows of a run's data, for the base or the trained model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NO_ADAPTER = NoAdapter(name="none")
 def answer_held_out_rows(
     run: TrainRun, store_place: str, final: Path | None, whole_store: bool, workspace: Workspace | None = None
 ) -> ExactMatch:
-    """What the base model answers or, with `final`, what training made of it.
+    """The exact match of the base, or with `final` of the trained model.
 
-    whole_store: all its rows are held out, not a part of them.
+    whole_store: all rows of the store are held out, not a part of them.
     """
     workspace = workspace or Workspace()
     model: ModelConfig = run.model

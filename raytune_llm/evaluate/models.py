@@ -1,4 +1,4 @@
-"""The models of an evaluation: those of one base are answered by one engine."""
+"""The models of an evaluation, grouped by base: one engine computes the base and its adapters."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ RENDERS = (*RENDERING, "enable_thinking", "preserve_thinking")
 
 @dataclass
 class Group:
-    """Models on one engine. An adapter that no engine holds beside others has one of its own."""
+    """Models on one engine. An adapter that can't share a batch is a group of its own."""
 
     model: ModelConfig
     data: DataConfig
-    """Of it, the settings of the chat template are used."""
+    """The data section; only its chat template settings are used."""
     adapters: dict[str, str]
     with_base: str | None
-    """The name by which the model itself is evaluated."""
+    """The name under which the base itself is evaluated; None: it is not."""
     of_adapters: bool = False
-    """More adapters can be added."""
+    """Whether more adapters can be added."""
 
     @property
     def names(self) -> list[tuple[str, str | None]]:
-        """What a result is called, and the adapter that makes it."""
+        """Name of the result -> its adapter; None: the base."""
         base: list[tuple[str, str | None]] = [] if self.with_base is None else [(self.with_base, None)]
         return [*base, *((name, name) for name in self.adapters)]
 
@@ -64,18 +64,19 @@ class _Asked:
     adapter: str | None
     """Its folder."""
     on_given_base: bool = False
-    """It is an adapter of `model`, which the command gives."""
+    """Whether it is an adapter of `model`, the base that the command names."""
 
 
 def groups_of(run: EvaluateRun) -> list[Group]:
-    """Raises ConfigError for what is no run and no model, writes no text, or has the name of another one."""
+    """The groups to evaluate. Raises ConfigError for an entry that is neither a run nor a model, is not a language model, or has
+    the name of another entry."""
     settings = run.evaluate
     if not settings.models:
         name = Path(str(run.model.path or "model")).name
         return [Group(run.model, _rendering(run, None), {}, name)]
     groups: list[Group] = []
     bases: list[tuple[Group, str]] = []
-    """Those with a base that answers, too, and an adapter that it is the base of."""
+    """The groups of which the base is evaluated too."""
     entries = _asked(run)
     for one in entries:
         if one.adapter is None:
@@ -121,7 +122,7 @@ def _asked(run: EvaluateRun) -> list[_Asked]:
 
 
 def _where(place: Path) -> str:
-    """The folder that tells a model apart from another one of its name: a run's own, or the one around a model's."""
+    """The folder that distinguishes a model from others of the same name: the run's folder, or the parent of a model's."""
     run = place.parent if place.name == FINAL else place
     return run.name if _is_run(place) else place.parent.name
 
@@ -151,13 +152,13 @@ def _entry(run: EvaluateRun, place: str) -> _Asked:
 
 
 def _model(run: EvaluateRun, path: str) -> ModelConfig:
-    """With the settings of `model` that are not about its files."""
+    """`found` with the settings of `model` that are not about its files."""
     of_files = {"revision": None, "tokenizer": None, "new_tokens": None, "resize_vocab": False, "merged_adapters": []}
     return replace(run.model, path=path, **of_files)
 
 
 def _name_apart(bases: Sequence[tuple[Group, str]], names: Collection[str]) -> None:
-    """A base whose name another model has, too, is called after an adapter of its: `llama of my_run`."""
+    """A base with the name of another model is named after one of its adapters: `llama of my_run`."""
     taken = [*names, *(str(group.with_base) for group, _ in bases)]
     for group, adapter in bases:
         if taken.count(str(group.with_base)) > 1:
@@ -168,17 +169,17 @@ def _name_apart(bases: Sequence[tuple[Group, str]], names: Collection[str]) -> N
 
 
 def rendering(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide what a conversation's prompt is."""
+    """The settings on which a conversation's prompt depends."""
     return {name: getattr(data, name) for name in RENDERS}
 
 
 def written_alike(one: DataConfig, other: DataConfig) -> bool:
-    """Both render conversations to the same prompts."""
+    """Whether both render conversations to the same prompts."""
     return rendering(one) == rendering(other)
 
 
 def _rendering(run: EvaluateRun, trained: Trained | None) -> DataConfig:
-    """Settings of the chat template: the run's, or those of a run of the model's own template."""
+    """The run's chat template settings, or the defaults, which use the model's own template."""
     if trained is None:
         plain = load_config("prepare", ["model=_base", "model.path=none", "data.path=none"]).data
         return replace(plain, template=run.evaluate.template)

@@ -1,4 +1,4 @@
-"""Scores of several models by one protocol: results.json, a table and a picture."""
+"""Writing the scores of several models with one protocol: results.json, a table and a plot."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ IN_TABLE = "in_table"
 class Score:
     value: float
     stderr: float | None
-    """The standard error of the value, where it is known."""
+    """The standard error of the value; None if unknown."""
     beside: Mapping[str, Any] = field(default_factory=dict)
-    """What results.json says of it, too."""
+    """Further entries for results.json."""
     in_table: bool = True
 
     @classmethod
@@ -38,30 +38,30 @@ class Score:
 
 
 TaskScores = Mapping[str, Mapping[str, Score]]
-"""One model's, by task and by the name of the score."""
+"""Task -> name of the score -> score, of one model."""
 Scores = Mapping[str, TaskScores]
-"""By model."""
+"""Model -> its scores."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How a protocol's scores are shown. One table never holds scores of two protocols."""
+    """How a protocol's scores are shown. A table never mixes scores of two protocols."""
 
     sentence: str
-    """Names the protocol and says what the numbers are."""
+    """A sentence that names the protocol and explains the numbers."""
     unit: str
-    """Of the picture's axes."""
+    """The unit on the plot's axes."""
     scale: float
-    """What scores are multiplied with to be in that unit."""
+    """The factor that converts scores to that unit."""
     digits: int
     main: str | None
-    """The score in the picture; None: a task's first one."""
+    """The score in the plot; None: a task's first one."""
 
 
 RESULTS, TABLE, PICTURE = "results.json", "results.md", "results.png"
 MADE_FROM = "made_from"
 SCORES = "scores.json"
-"""One model's, beside its answers: an evaluation that ended before its last model resumes after them."""
+"""The file with one model's scores, next to its answers. A repeated evaluation skips models that have it."""
 
 
 def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
@@ -100,7 +100,7 @@ def found_scores(folder: Path, made_from: Mapping[str, Any]) -> tuple[Mapping[st
 
 
 def write_scores(folder: Path, protocol: Mapping[str, Any], made_from: Mapping[str, Any], scores: TaskScores) -> None:
-    """One model's, when it has been asked everything."""
+    """Write the scores of a model that has answered everything."""
     plain = {
         task: {name: {**score.to_json(), IN_TABLE: score.in_table} for name, score in of_task.items()}
         for task, of_task in scores.items()
@@ -127,7 +127,7 @@ def _tasks(scores: Scores) -> Sequence[str]:
 
 
 def _table(shown: Shown, scores: Scores) -> str:
-    """A table a task: a row a model, a column a score with its standard error."""
+    """One table per task, with a row per model and a column per score with its standard error."""
     lines = [shown.sentence, ""]
     for task in _tasks(scores):
         columns = list(dict.fromkeys(name for one in scores.values() for name in one[task] if one[task][name].in_table))
@@ -151,7 +151,7 @@ ROW_INCHES, MAX_PIXELS = 24, 60_000
 
 
 def _plot(path: Path, shown: Shown, scores: Scores) -> None:
-    """Axes a task, since tasks may have scores of different kinds, in rows; a bar a model, with its standard error."""
+    """Plot one panel per task, since tasks may have different kinds of scores, with one bar per model and its standard error."""
     from matplotlib.figure import Figure  # half a second to import
 
     tasks = _tasks(scores)

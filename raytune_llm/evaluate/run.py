@@ -1,4 +1,4 @@
-"""`evaluate`: tasks by models, those of one base side by side on one engine; results as JSON, as a table and as a picture."""
+"""`evaluate`: runs tasks on models, and writes results as JSON, a table and a plot. Models with the same base share an engine."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from raytune_llm.runs.output import full_disk_explained
 from raytune_llm.runs.owner import check_writable, owned
 
 OnProgress = Callable[[int, int], None]
-"""Called with the questions that are answered and those in all."""
+"""(number of answered questions, number of all questions)."""
 MODELS = "the models"
 RUN = "run.yaml"
 FILES = (RUN, RESULTS, TABLE, PICTURE)
-"""What the output folder gets beside the answers."""
+"""The files of the output folder other than answers."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +44,37 @@ class Evaluated:
     folder: Path
     scores: Scores
     found: bool = False
-    """They were there: nothing was asked."""
+    """Whether all results existed already, so that nothing was computed."""
 
 
 class Benchmarks(Protocol):
-    """The tasks of a protocol, read and checked."""
+    """A protocol with its tasks, which are read and checked."""
 
     shown: Shown
 
     @property
     def questions(self) -> int:
-        """In all tasks."""
+        """The number of questions of all tasks."""
         ...
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What results.json says of the protocol, when the answers are there."""
+        """The protocol's entries in results.json, known once there are answers."""
         ...
 
     @property
     def contents(self) -> str:
-        """A hash of what is asked: the tasks' own files."""
+        """A hash of the tasks' files."""
         ...
 
     def check(self, group: Group) -> None:
-        """Called for each group before a model is loaded. Raises UserError for models that can't be asked."""
+        """Called for each group before a model is loaded. Raises UserError for models that can't be evaluated."""
         ...
 
     def scores(
         self, group: Group, adapter: str | None, answer: Answering, progress: Callable[[int], None], folder: Path
     ) -> TaskScores:
-        """One model's. progress: how many more questions are answered. folder: gets the answers."""
+        """The scores of one model. progress: called with the number of newly answered questions. folder: for the answers."""
         ...
 
 
@@ -132,7 +132,7 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
 
 
 def _check_no_run(folder: Path) -> None:
-    """Raises ConfigError where a training run wrote the run.yaml there."""
+    """Raises ConfigError if the folder's run.yaml is that of a training run."""
     file = folder / RUN
     if file.is_file() and "evaluate" not in read_yaml(file, setting="output_dir"):
         rule = f"must not be the output folder of a run, whose {RUN} an evaluation would replace"
@@ -151,12 +151,12 @@ def _kept(folder: Path, groups: Sequence[Group], made_from: Mapping[str, Any]) -
 
 
 def _of_model(made_from: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What one model's scores depend on."""
+    """Everything on which one model's scores depend."""
     return {**made_from, MODELS: made_from[MODELS][name]}
 
 
 def _made_from(run: EvaluateRun, groups: Sequence[Group], benchmarks: Benchmarks) -> dict[str, Any]:
-    """All that the scores depend on: settings but where it is computed, and the contents of files."""
+    """Everything on which the scores depend: the contents of files, and all settings except the place of computation."""
     plain = as_plain(run)
     models = {
         name: [model_contents(group.model), adapter and adapter_contents(group.adapters[adapter]), rendering(group.data)]

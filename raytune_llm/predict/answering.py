@@ -1,6 +1,6 @@
 """Answers blocks of questions with an engine in this process, or with Ray actors that have one engine each. [ray]
 
-Blocks are answered side by side, so that an engine's batch stays full from one block to the next, and come back in their order.
+Several blocks are answered concurrently, so that an engine's batch stays full between blocks. They are returned in order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROWS_AHEAD = 4
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built from, in any process."""
+    """The settings from which any process can build an engine."""
 
     model: ModelConfig
     quantization: QuantizationConfig
@@ -36,8 +36,8 @@ class EngineSettings:
     served: ServedModels
 
     def check(self, *, base: str | None = None) -> None:
-        """Raises a UserError for what can be known to fail without weights. base: the setting that asks the model without an
-        adapter beside those."""
+        """Raises UserError for what fails for reasons that are known without weights. base: the name of the setting that also
+        asks the base."""
         from raytune_llm.serve.engines import check_base, check_servable  # torch
 
         check_servable(self.model, self.quantization, self.engine, self.served)
@@ -84,7 +84,7 @@ def _answering_here(settings: EngineSettings, resources: Any) -> Iterator[Answer
     try:
         yield AnsweringHere(engine, settings.blocks_at_once, pool)
     finally:
-        engine.close()  # first: what waits for an answer gets an error then, and ends
+        engine.close()  # first, so that threads that wait for an answer get an error and end
         pool.shutdown(cancel_futures=True)
 
 
@@ -92,8 +92,8 @@ def _answering_here(settings: EngineSettings, resources: Any) -> Iterator[Answer
 
 
 class Answerer:
-    """An actor with one engine. It is there as soon as it has a place, and builds the engine for its first call. A UserError is
-    returned, not raised, because Ray would wrap it in an error of its own."""
+    """An actor with one engine, which it builds in its first call. A UserError is returned, not raised, because Ray would wrap it
+    in an error of its own."""
 
     def __init__(self, settings: EngineSettings, num_threads: int) -> None:
         self._settings, self._num_threads = settings, num_threads

@@ -1,4 +1,4 @@
-"""A reward model of a run as the judge of answers: its score of each, and of the given answers."""
+"""A run's reward model as the judge of answers: it scores generated and given answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raytune_llm.predict.rows import PromptRows
 from raytune_llm.runs.trained import Trained, read_trained
 
 AT_ONCE = 64
-"""Rows that are rendered and scored together."""
+"""The number of rows that are rendered and scored together."""
 
 
 class Judge:
@@ -40,7 +40,7 @@ class Judge:
         PromptRows(self._trained.model, self._data)  # its tokenizer and template are there
 
     def measure(self, folder: Path, models: Sequence[str | None]) -> dict[str | None, dict[str, float]]:
-        """Numbers by model, of the answers in the folder's predictions, and rewards.jsonl beside them."""
+        """Score the folder's predictions, write rewards.jsonl, and return model -> metrics."""
         engine = self._engine()
         rows = PromptRows(self._trained.model, self._data)
         try:
@@ -74,7 +74,7 @@ class Judge:
 
 
 def _rendered_as(trained: Trained, data: DataConfig) -> DataConfig:
-    """The rows as the reward model read them in training."""
+    """The rows, rendered as in the reward model's training."""
     return trained.rendered(replace(data, template=None, tool_format=None))
 
 
@@ -83,7 +83,7 @@ def _answers(folder: Path, model: str | None) -> Iterator[str | None]:
 
 
 def _scores(engine: Engine, conversations: Iterable[tuple[int, ...] | None]) -> Iterator[float | None]:
-    """Of token ids of whole conversations, in their order."""
+    """The scores of whole conversations, given as token ids, in order."""
     block: list[tuple[int, ...] | None] = []
     for ids in conversations:
         block.append(ids)
@@ -104,7 +104,7 @@ def _block_scores(engine: Engine, block: Sequence[tuple[int, ...] | None]) -> li
 
 
 def _numbers(scores: Sequence[float | None], given: Sequence[float | None]) -> dict[str, float]:
-    """Means over the rows that have a score; wins and draws against the given answers, where there are some."""
+    """The means over rows with a score, and the fractions of wins and draws against given answers, if there are any."""
     own = [score for score in scores if score is not None]
     labels = [score for score in given if score is not None]
     pairs = [(score, label) for score, label in zip(scores, given, strict=True) if score is not None and label is not None]
@@ -119,7 +119,7 @@ def _numbers(scores: Sequence[float | None], given: Sequence[float | None]) -> d
 
 
 def judged(judge: Judge | None, folder: Path, models: Sequence[str | None], measured: dict[str, dict[str, Any]]) -> None:
-    """Add the judge's numbers to each model's."""
+    """Add the judge's metrics to those of each model."""
     if judge is not None:
         for model, numbers in judge.measure(folder, models).items():
             measured[model or "base"] |= numbers

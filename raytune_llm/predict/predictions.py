@@ -1,7 +1,6 @@
 """predictions.jsonl: one line per row and model, in their order, written while answers are generated.
 
-A killed run leaves whole lines from the beginning on, and at most a part of one more, which is cut off: what is left to do begins
-after them.
+A killed run leaves complete lines, and at most one incomplete line at the end, which is removed. The command resumes after them.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ FILE = "predictions.jsonl"
 SETTINGS = "predict.json"
 """File with the settings and file contents that the folder's predictions depend on."""
 REWARDS = "rewards.jsonl"
-"""A line a line of predictions.jsonl: row, model, and a judge's scores (null: there is no such answer, or it is too long)."""
+"""One line per line of predictions.jsonl: row, model, and a judge's scores (null: there is no such answer, or it is too long)."""
 FILES = (FILE, SETTINGS, "metrics.json", REWARDS, "generated_predictions.jsonl", "predict_results.json")
-"""All that the folder gets, the last two in LLaMA-Factory's layout."""
+"""The files of the output folder, the last two in LLaMA-Factory's layout."""
 OWN = ("row", "model", "prompt", "predict", "label", "finish", "logprob", "label_tokens", "error")
 """Keys of a line. A column of the data with one of these names is written as input_<name>, and one that is called so as
 input_input_<name>."""
 ALWAYS = {"row", "model", "prompt", "predict", "label"}
-"""Of these, what each line has."""
+"""The keys that every line has."""
 INPUT = "input_"
 
 

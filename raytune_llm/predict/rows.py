@@ -1,4 +1,4 @@
-"""The rows of a data set as prompts, with the answer that the data give, if they give one."""
+"""The rows of a data set as prompts, with their reference answers if they have any."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PromptRows:
         preprocessor = replace(preprocessor, targets=replace(preprocessor.targets, max_length=UNBOUNDED))
         self._parts: list[tuple[Recipe, list[Chunk]]] = []
         self.fingerprints: list[str] = []
-        """One per data set, of its contents."""
+        """One hash of the contents per data set."""
         self._data = data
         for one in declared(data, ranked=False):
             source = source_of(one)

@@ -1,4 +1,4 @@
-"""`predict`: each row of a data set is answered by each model, in order, and what is there is measured."""
+"""`predict`: generates each model's answer to each row of a data set, in order, and computes metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from raytune_llm.runs.owner import check_writable, owned
 from raytune_llm.runs.trained import read_trained
 
 OnProgress = Callable[[int, int], None]
-"""Called with the lines that are there and the lines in all."""
+"""(number of written lines, number of all lines)."""
 KEPT = "what is answered is kept, and the same command answers the rest"
 
 
@@ -43,12 +43,12 @@ class Predicted:
     rows: int
     models: tuple[str, ...]
     found: int
-    """Number of lines that an earlier run had written."""
+    """The number of lines that an earlier command had written."""
     metrics: Mapping[str, Mapping[str, Any]]
     """Model -> its metrics."""
     generated_tokens: int
     seconds: float
-    """Time of this run's answers, without loading."""
+    """The time in seconds for this command's answers, without loading."""
 
 
 def predict(run: PredictRun, on_progress: OnProgress = lambda done, total: None) -> Predicted:

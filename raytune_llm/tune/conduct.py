@@ -24,8 +24,8 @@ class Conduct:
         """The number of trials that failed in a row."""
 
     def next(self) -> tuple[Trial, TrainRun] | None:
-        """The next trial, and its config with absolute paths, because workers have other working folders. One whose values don't
-        go together ends with the reason; it took no time, and so is none of tune.max_failures."""
+        """The next trial, and its config with absolute paths, because workers have other working folders. A trial with
+        incompatible values ends with the reason, and does not count as one of tune.max_failures."""
         while (trial := self.study.next()) is not None:
             self._began[trial.number] = time.monotonic() - trial.seconds
             self._on_change(self.study, trial)

@@ -1,4 +1,4 @@
-"""Whether the disk has room for the checkpoints of trials that wait. They are large where the whole model is trained."""
+"""The check that the disk has room for the checkpoints of waiting trials, which are large in full fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from raytune_llm.tune.study import TRIALS
 
 
 def check_disk(sweep: Sweep, checkpoint_bytes: int) -> None:
-    """Raises ResourceError if those that wait at the same time need more than is free. checkpoint_bytes: of a trial, at least."""
+    """Raises ResourceError if the trials that wait at the same time need more than the free space. checkpoint_bytes: the least
+    that one trial needs."""
     folder = sweep.folder.absolute()
     there = len(list(folder.glob(f"{TRIALS}/*/checkpoints")))
     left = max(0, waiting(sweep) - there)
@@ -26,7 +27,7 @@ def check_disk(sweep: Sweep, checkpoint_bytes: int) -> None:
 
 
 def waiting(sweep: Sweep) -> int:
-    """How many trials of a sweep wait at the same time with a checkpoint, at least."""
+    """The least number of a sweep's trials that wait at the same time with a checkpoint."""
     tune = sweep.tune
     if (halving := halving_of(sweep)) is not None:
         return halving.waiting

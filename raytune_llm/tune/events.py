@@ -1,6 +1,6 @@
-"""The log of a sweep: which trials began, what they reported, how they ended, one JSON object a line, in order.
+"""The log of a sweep: which trials began, what they reported, and how they ended, with one JSON object per line, in order.
 
-It is all that a sweep knows. Whoever reads it again knows as much, so a sweep that was killed anywhere is resumed from it.
+It contains the whole state of a sweep, so a sweep that was killed at any moment is resumed from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SweepLog:
         self._file: TextIO | None = None
 
     def read(self) -> list[dict[str, Any]]:
-        """A last line that a crash cut short is left out, here and of the file when something is added."""
+        """A last line that a crash cut short is ignored, and removed from the file when something is added."""
         events = [json.loads(line) for line in self._whole_lines()]
         for row, event in enumerate(events, start=1):
             if not isinstance(event, dict) or "event" not in event:
@@ -30,11 +30,11 @@ class SweepLog:
         return events
 
     def damaged(self, row: int, how: str) -> DataError:
-        """A crash cuts the last row short at most; all else was changed by others."""
+        """The error for a damaged row. A crash can only cut the last row, so something else changed the file."""
         return DataError(f"{self._path}, row {row}", how, "Restore the file, choose another output_dir, or set resume=never.")
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """On the disk when it returns."""
+        """Append an event. It is on the disk when this returns."""
         file = self._file = self._file or self._open()
         file.write(json.dumps(event) + "\n")
         file.flush()

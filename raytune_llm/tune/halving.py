@@ -21,15 +21,15 @@ class Halving:
         self.rungs = tuple(rungs)
         self._reduction, self._trials = reduction, trials
         self._scores: list[dict[int, float]] = [{} for _ in rungs]
-        """Of each rung: trial -> score."""
+        """One dict per rung: trial -> score."""
 
     def rung_of(self, trial: Trial) -> float | None:
-        """The part of its steps at which the trial waits next. None: it trains to its end."""
+        """The fraction of its steps at which the trial waits next; None: it trains to its end."""
         return self.rungs[trial.round] if trial.round < len(self.rungs) else None
 
     @property
     def work(self) -> float:
-        """All steps that the sweep makes, in trials trained to their end."""
+        """The steps of the whole sweep, as a number of full trials."""
         work, left, at = 0.0, self._trials, 0.0
         for rung, part in enumerate(self.rungs):
             work, left, at = work + left * (part - at), self._room(rung), part
@@ -37,15 +37,16 @@ class Halving:
 
     @property
     def waiting(self) -> int:
-        """How many trials wait at the first rung at the same time: those that will resume, one in reserve and the latest one."""
+        """The number of trials that wait at the first rung at the same time: those to promote, one in reserve, and the latest
+        one."""
         return min(self._trials, self._room(0) + 2)
 
     def came(self, trial: Trial, score: float) -> None:
-        """The trial waits at its rung."""
+        """Record that the trial waits at its rung."""
         self._scores[trial.round][trial.number] = score
 
     def promoted(self, trials: Sequence[Trial]) -> Trial | None:
-        """A trial that can resume: of those that can, the best of the lowest rung."""
+        """The next trial to promote: the best promotable one of the lowest rung; None if there is none."""
         ready = [trial for trial in _waiting(trials) if self._is_sure(trial, trials)]
         return min(ready, key=lambda trial: (trial.round, self._place(trial, trials)), default=None)
 
@@ -53,25 +54,25 @@ class Halving:
         return self._place(trial, trials) + self._coming(trial.round, trials) <= self._room(trial.round)
 
     def lost(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Trials that wait and will not resume. Each rung keeps one in reserve, for a trial that fails after it resumed."""
+        """Waiting trials that will not be promoted. Each rung keeps one in reserve, in case a promoted one fails."""
         over = all(trial.state != "running" for trial in trials) and len(trials) >= self._trials and self.promoted(trials) is None
         return [trial for trial in _waiting(trials) if over or self._place(trial, trials) > 1 + self._room(trial.round)]
 
     def _room(self, rung: int) -> int:
-        """How many trials of a rung resume: at least one."""
+        """The number of trials of a rung that are promoted, at least one."""
         left = self._trials
         for _ in range(rung + 1):
             left = max(1, left // self._reduction)
         return left
 
     def _place(self, trial: Trial, trials: Sequence[Trial]) -> int:
-        """Its place at its rung, from 1, among those that have not failed."""
+        """The trial's rank at its rung, from 1, among those that have not failed."""
         scores = self._scores[trial.round]
         own = (scores[trial.number], trial.number)
         return 1 + sum((score, number) < own for number, score in scores.items() if trials[number].state != "failed")
 
     def _coming(self, rung: int, trials: Sequence[Trial]) -> int:
-        """How many trials may still come to a rung, at most."""
+        """The largest number of trials that may still reach a rung."""
         there = self._scores[rung]
         on_the_way = sum(trial.state in ("running", "paused") and trial.number not in there for trial in trials)
         coming = on_the_way + max(0, self._trials - len(trials))
@@ -85,7 +86,7 @@ def _waiting(trials: Sequence[Trial]) -> Iterator[Trial]:
 
 
 def halving_of(sweep: Sweep) -> Halving | None:
-    """None where trials are not promoted."""
+    """The promotion of trials; None if the scheduler has none."""
     tune = sweep.tune
     if not tune.promotes:
         return None

@@ -20,7 +20,7 @@ class Metric:
     at_end: Callable[[Any], float | None] | None
     """The metric of a finished run's TrainResult. None: evaluations have it."""
     others: tuple[Metric, ...] = ()
-    """Further objectives of the sweep."""
+    """The sweep's other metrics."""
 
     @property
     def all(self) -> tuple[Metric, ...]:
@@ -57,7 +57,7 @@ class Metric:
         return float(kept[self.name])
 
     def _computed(self, at_end: Callable[[Any], float | None], result: Any) -> float:
-        """A function of the user's may do anything."""
+        """Call the metric's function, which may raise anything if it is the user's."""
         try:
             value = at_end(result)
             if value is not None:
@@ -68,7 +68,7 @@ class Metric:
 
 
 class MetricMissing(ConfigError):
-    """A trial has no metric. Where no other one has it, none will, and the sweep ends."""
+    """A trial has no metric. If no other trial has it either, the sweep ends."""
 
 
 def metric_of(tune: TuneConfig) -> Metric:

@@ -1,4 +1,4 @@
-"""Where a sweep's trials train at the same time, and how many there is room for.
+"""The places in which a sweep's trials train concurrently, and their number.
 
 A place is a function that trains one run after another. Each has a thread here, which waits for its trial; the study, which is
 asked at each report, belongs to the main thread alone.

@@ -104,5 +104,5 @@ def _table(study: Study) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """As it is typed."""
+    """The value as it is typed on a command line."""
     return as_text(value) if isinstance(value, bool | list | dict) else value

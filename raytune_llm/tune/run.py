@@ -1,4 +1,4 @@
-"""A sweep from its first trial to its results: what is checked and prepared before, its trials, what is kept."""
+"""Runs a sweep: the checks and preparations, its trials, its results, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from raytune_llm.tune.shared import TrainTogether
 
 RunTrials = Callable[[Conduct], None]
-"""Train what is left of a sweep."""
+"""Trains the remaining trials of a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
     best: Setting
-    """The best one that ran to its end, or where none did, that is paused."""
+    """The best finished trial, or the best paused one if none is finished."""
     study: Study
 
     @property
     def paused(self) -> bool:
-        """Trials wait for `tune resume`."""
+        """Whether trials wait for `tune resume`."""
         return bool(self.study.paused)
 
     @property
@@ -189,7 +189,7 @@ def _checkpoint_bytes(run: TrainRun) -> int:
 
 
 def _run_here(conduct: Conduct, train: Train) -> None:
-    """In this process, one after another."""
+    """Train the trials in this process, one after another."""
     while (found := conduct.next()) is not None:
         trial, run = found
         conduct.ended(trial, run_trial(run, conduct.study.metric, partial(conduct.reported, trial), train))
@@ -214,7 +214,7 @@ def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], notify: Callable[[
 
 
 def _prepare(runs: list[TrainRun], workspace: Workspace) -> None:
-    """The token stores, once for all trials that share them."""
+    """Prepare the token stores, once for all trials that share them."""
     for run in runs:
         if not run.data.streaming:
             make = partial(pipeline.prepare, run.model, run.data, run.resources, kind=run.stage.kind)

@@ -17,8 +17,8 @@ ROUNDING = 1e-9
 
 
 def rungs(*, grace: float, reduction: int) -> tuple[float, ...]:
-    """The parts of the steps at grace, grace x reduction and so on, up to 1/reduction: after a later one little is left to save.
-    At least one."""
+    """The fractions of the steps at grace, grace * reduction and so on up to 1/reduction, since later rungs would save little. At
+    least one."""
     found = [round(grace, 9)]
     while found[-1] * reduction**2 <= 1 + ROUNDING:
         found.append(round(found[-1] * reduction, 9))
@@ -27,7 +27,7 @@ def rungs(*, grace: float, reduction: int) -> tuple[float, ...]:
 
 class Scheduler(Protocol):
     def rungs(self, trial: int) -> tuple[float, ...] | None:
-        """The parts of its steps after which a trial is judged. None: at each evaluation."""
+        """The fractions of its steps after which a trial is judged; None: at each evaluation."""
         ...
 
     def goes_on(self, trial: int, progress: float, score: float) -> bool: ...

@@ -60,7 +60,7 @@ def _as_asked(sweep: Sweep, room: Room) -> tuple[int, str]:
 
 
 def _where_faster(sweep: Sweep, room_for: Callable[[TrainRun], Room]) -> tuple[int, str]:
-    """Rather than one after another."""
+    """The number of trials to train together instead of one after another, and why."""
     run = sweep.base
     tokens = run.train.micro_batch_size * run.data.max_length * KINDS[run.stage.kind].sides
     if tokens >= PAYS_BELOW:
@@ -70,7 +70,8 @@ def _where_faster(sweep: Sweep, room_for: Callable[[TrainRun], Room]) -> tuple[i
 
 
 def _where_crowded(sweep: Sweep, room_for: Callable[[TrainRun], Room], gpus: int) -> tuple[int, str]:
-    """Rather than in processes with a base each, where so many at once are asked for and don't fit the one GPU that there is."""
+    """The number of trials to train together, and why, if the processes that tune.max_concurrent asks for don't fit the only
+    GPU."""
     run, asked = sweep.base, sweep.tune.max_concurrent
     if on_cluster(run.resources) or run.resources.num_workers not in ("auto", 1) or not run.fits_one_process:
         return 1, ""
@@ -85,19 +86,20 @@ def _where_crowded(sweep: Sweep, room_for: Callable[[TrainRun], Room], gpus: int
 
 
 def _most(sweep: Sweep) -> int:
-    """Trials at a time, if they fit."""
+    """The largest number of trials to train together, if they fit."""
     tune = sweep.tune
     trials = (tune.trials or len(sweep.planned)) * tune.seeds
     return min(tune.max_concurrent or trials, trials)
 
 
 def _changes_the_search(sweep: Sweep) -> bool:
-    """Trials that begin together know nothing of each other's ends, and repeated seeds would have the same packs."""
+    """Whether the sweep would end differently: its trials depend on results of earlier ones, or its seeds need different
+    packs."""
     return sweep.tune.learns or sweep.tune.rounds or sweep.tune.compares_running or sweep.tune.seeds > 1
 
 
 def _largest(sweep: Sweep) -> TrainRun:
-    """With the highest rank of those that are known beforehand: banks have room for it in every slot."""
+    """The planned run with the highest rank, for which every slot of a bank needs room."""
     runs = [sweep.base, *(sweep.composed(point) for point in sweep.planned)]
     return max(runs, key=lambda run: getattr(run.adapter, "rank", 0))
 

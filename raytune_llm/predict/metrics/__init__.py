@@ -1,6 +1,6 @@
-"""What answers are measured by, against the answers that were given.
+"""Metrics that compare generated answers with references.
 
-A metric is a function (answers, references, rows) -> numbers by name, in a file here; or a user's own (own.py).
+A metric is a function (answers, references, rows) -> {name: number}, in a file here or in a file of the user (own.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ METRICS: dict[str, Metric] = {
 
 
 def metrics_of(names: Sequence[str]) -> list[Metric]:
-    """Each tried on an answer, so that what is missing shows before any work. Raises ConfigError or ResourceError."""
+    """The metrics by name. Each is tried on one answer, so that a missing package is noticed at once. Raises ConfigError or
+    ResourceError."""
     found = []
     for name in names:
         if name not in METRICS and ":" not in name:

@@ -1,4 +1,4 @@
-"""A metric of the user's."""
+"""Metrics that the user defines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raytune_llm.errors import ConfigError
 
 
 def own_metric(name: str) -> Callable[..., Mapping[str, float | str]]:
-    """`FILE.py:NAME` or `package.module:NAME`. Raises ConfigError where it can't be had."""
+    """The function `FILE.py:NAME` or `package.module:NAME`. Raises ConfigError if it can't be imported."""
     place, _, attribute = name.rpartition(":")
     try:
         module = _from_file(expanded(place)) if place.endswith(".py") else importlib.import_module(place)
@@ -50,7 +50,7 @@ def _unfit(name: str, why: str) -> ConfigError:
 
 
 def _place(error: BaseException) -> str:
-    """Where it was raised."""
+    """The file and line in which the error was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"line {last.lineno} of {last.filename}"
 

@@ -20,7 +20,7 @@ def rouge(answers: Sequence[str], references: Sequence[str], rows: Sequence[Mapp
 
 
 class _Words:
-    """As rouge-score wants a tokenizer."""
+    """Our words, with the interface of rouge-score's tokenizers."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)

@@ -1,4 +1,4 @@
-"""Answers as words: a word is a run of letters and digits, in lower case; a Chinese or Japanese character is one by itself."""
+"""Splitting answers into words: runs of letters and digits in lower case, and single Chinese or Japanese characters."""
 
 from __future__ import annotations
 

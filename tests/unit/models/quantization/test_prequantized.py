@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from raytune_llm.models.build import build_policy
 from raytune_llm.models.load import files_to_read, load_config, load_model
 from raytune_llm.models.quantization import prequantized
 from tests.models import lora_section, model_section, packed, some_rows
+from tests.quantized_files import say
 
 BLOCK = 128
 SIZES = {"vocab_size": 384, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -39,11 +39,6 @@ def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(tmp_path)
     return tmp_path
-
-
-def say(folder: Path, **quantization: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
 def test_blocks_of_fp8_are_read_as_the_numbers_that_they_stand_for_and_trained_on(folder: Path) -> None:
