@@ -314,7 +314,7 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
         (bank, {}, wide, "rank 10, and slots have rank 8"),
         (bank, {}, spoilt, "not finite"),
         (bank, {}, grown, "not finite"),
-        (bank, {}, {first: weights[first]}, "A or B alone"),
+        (bank, {}, {first: weights[first]}, "only one of A and B"),
         (bank, {}, {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, "is on lm_head, outside of the layers"),
         (narrow, {}, weights, "for layers without a bank"),
         (bank, {}, {name: value[:, :-1].contiguous() for name, value in weights.items()}, "has A .* there, and is 32 -> 32 here"),
