@@ -28,6 +28,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 LOSS = 0.05
+HELP = "--help"
 MORE_IS_BETTER = ("_per_s", "mfu", "fill")
 LESS_IS_BETTER = ("_s", "_ms", "_us", "_mib", "_gib")
 PACKAGES = ("raytune-llm", "torch", "transformers", "ray", "peft", "deepspeed", "tokenizers", "pyarrow", "numpy")
@@ -37,9 +38,16 @@ def main(argv: Sequence[str]) -> int:
     names = list(takewhile(lambda word: not word.startswith("-"), argv))
     arguments = list(argv[len(names) :])
     known = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
+    asks_for_help = HELP in arguments or "-h" in arguments
+    usage = f"usage: scripts/bench NAME ... [arguments]\nbenchmarks: {', '.join(known)}"
+    if asks_for_help and not names:
+        print(usage)
+        return 0
     if not names or not set(names) <= set(known):
-        print(f"usage: scripts/bench NAME ... [arguments]\nbenchmarks: {', '.join(known)}", file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
+    if asks_for_help:
+        return max(subprocess.run([sys.executable, FOLDER / f"{name}.py", HELP]).returncode for name in names)
     machine = this_machine()
     losses = [loss for name in names for loss in run(name, arguments, machine)]
     for loss in losses:

@@ -8,6 +8,7 @@ follow each other without a wait, so where one is short, what its launches cost 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def measure(backend: str, lengths: list[int], times: int) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/attention.py needs a GPU")
     case = Case(device_type="cuda", dtype=torch.bfloat16, capability=torch.cuda.get_device_capability(), head=HEAD)

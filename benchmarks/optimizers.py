@@ -9,6 +9,7 @@ counts with. Gradients are counted whenever one more is complete in a backward p
 
 from __future__ import annotations
 
+import argparse
 import json
 from functools import partial
 from typing import Any
@@ -88,6 +89,7 @@ def gradients(*, layerwise: bool) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SMOLLM2, dtype=torch.float32)
     results = {name: measured(model, overrides) for name, overrides in CASES.items()}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.__main__ import worse
+from benchmarks.__main__ import RESULTS, main, worse
 from benchmarks._rounds import add_arguments, measured
 from benchmarks.gpu import VARIANTS, each, together
 
@@ -19,6 +19,19 @@ def test_a_loss_of_five_percent_is_named_in_either_direction() -> None:
     before = {"lora": {"tokens_per_s": 1000, "peak_gib": 20.0, "loss": 12.0, "step_s": 0.5}}
     after = {"lora": {"tokens_per_s": 950, "peak_gib": 20.9, "loss": 13.0, "step_s": 0.55}}
     assert worse(before, after) == ["lora.tokens_per_s: 1000 -> 950 (-5%)", "lora.step_s: 0.5 -> 0.55 (+10%)"]
+
+
+def test_the_help_of_a_benchmark_is_printed_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    before = set(RESULTS.iterdir())
+    assert main(["tune", "--help"]) == 0
+    assert capfd.readouterr().out.startswith("usage: tune.py")
+    assert set(RESULTS.iterdir()) == before
+
+
+def test_a_benchmark_that_is_not_there_is_refused_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tunes", "--help"]) == 2
+    assert "benchmarks: attention" in capsys.readouterr().err
+    assert main(["--help"]) == 0
 
 
 def test_what_became_better_is_no_loss() -> None:
