@@ -12,11 +12,13 @@ from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.models.build import build_policy
+from raytune_llm.runs import build
 from raytune_llm.runs.stores import open_stores
 from raytune_llm.runs.worker import work
 from raytune_llm.train.checkpoint_files import complete_steps
 from tests.group import Group, metrics
-from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run, lines
+from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run, lines, weights
 from tests.runs import PowerCut, cut_at, tiny_run
 
 
@@ -91,6 +93,36 @@ def test_the_order_of_samples_is_the_same_from_any_step_on(whole: TrainRun) -> N
         return [step.sample_ids for step in loader.epoch(1, cursor)]
 
     assert seen(1, 0)[2:] == seen(2, 8) == seen(4, 8)
+
+
+@pytest.mark.parametrize("adapter", [["adapter=lora", "adapter.dropout=0.1"], ["adapter=freeze"]])
+def test_frozen_layers_computed_once_give_what_those_computed_each_time_do_across_a_cut(
+    adapter: list[str], chat_rows: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, over two epochs: the batches of the second are known, and after the cut they are not."""
+    overrides = ("checkpoint.every_steps=2", "train.eval_every_steps=2", "train.global_batch_size=4")
+    overrides = (*overrides, *adapter, "adapter.last_layers=1")
+    chosen: list[str] = []
+
+    def started(update: object) -> None:
+        chosen.extend(getattr(update, "choices", ()))
+
+    once = tiny_run(chat_rows, cache, tmp_path / "once", *overrides)
+    with pytest.raises(PowerCut):
+        api.train(once, sinks=[cut_at(5)], on_update=started)
+    assert api.train(once).resumed_from == 4
+    assert [line for line in chosen if line.startswith("layers: the first 1 of 2")]
+
+    monkeypatch.setattr(build, "build_policy", lambda *args, **given: build_policy(*args, **given | {"starts_once": False}))
+    each_time = tiny_run(chat_rows, cache, tmp_path / "each_time", *overrides)
+    del chosen[:]
+    api.train(each_time, on_update=started)
+    assert chosen and not [line for line in chosen if line.startswith("layers:")]
+    figures = ("step", "loss", "grad_norm", "lr", "eval_loss")
+    ours, theirs = ([[one.get(name) for name in figures] for one in metrics(run.output_dir)] for run in (once, each_time))
+    assert ours == theirs and len(ours) > 12
+    left, right = weights(once), weights(each_time)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_old_checkpoints_go_and_the_newest_stay(whole: TrainRun) -> None:
