@@ -361,11 +361,12 @@ def _check_nodes(run: TrainRun, resources: Cluster, on_update: Callable[[Any], N
     )
 
 
-def plan(run: TrainRun) -> Plan:
-    """The steps, tokens, parameters and memory of a run, and settings that would not work. Nothing is trained or written."""
+def plan(run: TrainRun, *, in_sweep: bool = False) -> Plan:
+    """The steps, tokens, parameters and memory of a run, and settings that would not work. Nothing is trained or written.
+    in_sweep: of a trial, beside others over the same base."""
     from raytune_llm.runs.plan import plan
 
-    return plan(run)
+    return plan(run, in_sweep=in_sweep)
 
 
 def tune(

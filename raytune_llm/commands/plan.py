@@ -34,6 +34,7 @@ PARTS = {
     "logits": "of a chunk of trained tokens",
     "layer": "a layer's backward pass, after the logits'",
     "reference": "another model, or copies of what is trained",
+    "known": "of frozen first layers, which are computed once a batch",
 }
 
 

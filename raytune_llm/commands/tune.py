@@ -140,12 +140,9 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("trial", *settings, "steps", "memory", "fits", "time, at least"):
         table.add_column(name, overflow="fold")
-    plans = [api.plan(sweep.composed(point)) for point in points]
+    plans = [api.plan(sweep.composed(point), in_sweep=True) for point in points]
     rate = api.products_per_s()
-    seconds = [
-        at_least_s(plan, rate, trains_base=sweep.composed(point).adapter.trains_base)
-        for point, plan in zip(points, plans, strict=True)
-    ]
+    seconds = [at_least_s(plan, rate) for plan in plans]
     for number, (point, plan, time_s) in enumerate(zip(points, plans, seconds, strict=True)):
         values = [escape(_text(point[name])) if name in point else "base" for name in settings]
         steps = "not prepared" if plan.data is None else f"{plan.data.total_steps:,}"
@@ -161,13 +158,11 @@ def _dry_run(sweep: Sweep, console: Console) -> int:
     return 0 if all(plan.verdicts[0].fits for plan in plans) else 1
 
 
-def at_least_s(plan: Plan, products_per_s: float, *, trains_base: bool) -> float | None:
-    """A lower bound on a trial's training time in seconds, counting matrix products only: 4 FLOPs per parameter and token with an
-    adapter, 6 without, at products_per_s FLOP/s. None before the data are prepared."""
-    if plan.data is None:
-        return None
-    epochs = plan.data.total_steps / max(plan.data.steps_per_epoch, 1)
-    return plan.data.tokens * epochs * plan.parameters.total * (6 if trains_base else 4) / products_per_s
+def at_least_s(plan: Plan, products_per_s: float) -> float | None:
+    """A lower bound on a trial's training time in seconds, counting matrix products only, at products_per_s FLOP/s of each
+    worker's GPU, or of the CPU that the workers share. None before the data are prepared."""
+    devices = 1 if plan.verdicts[0].device.shared else plan.world_size
+    return None if plan.least_operations is None else plan.least_operations / (products_per_s * devices)
 
 
 def print_best(console: Console, sweep: Sweep, result: TuneResult) -> None:

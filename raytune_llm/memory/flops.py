@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from raytune_llm.memory.model import dimensions
 from raytune_llm.models.build import compute_dtype
-from raytune_llm.models.layers import layers
+from raytune_llm.models.layers import frozen_first, heads_of, layers
 from raytune_llm.models.policy import Policy
-from raytune_llm.models.quantization import QuantizedLinear
+from raytune_llm.models.quantization import QuantizedLinear, packed_shapes
 
+COPY, ORIGINAL = ".modules_to_save.", ".original_module."
+"""In names of weights: of a module's copy, which is trained in its place, and of what it stands in the place of."""
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -36,46 +39,65 @@ class Operations:
 
     per_token: float
     """Per weight: 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it is trained. That is 4N for LoRA
-    and 6N for full fine-tuning. Embeddings are looked up, so they don't count; of experts, only those that a token visits
-    count."""
+    and 6N for full fine-tuning. Layers before the first trained one count only their forward pass. Embeddings are looked up, so
+    they don't count; of experts, only those that a token visits count."""
     per_pair: float
     """Per query-key pair, over all layers: 4 forward and 8 backward for each query head and dimension. A document of L tokens has
     L (L + 1) / 2 pairs. Sliding windows are not subtracted."""
+    of_head: float = 0.0
+    """The head's part of per_token. Training computes the head for trained tokens only."""
+    of_first: float = 0.0
+    """The part of per_token of the layers before the first trained one."""
 
     def of(self, tokens: float, attention_pairs: float) -> float:
         return tokens * self.per_token + attention_pairs * self.per_pair
 
+    def at_least(self, tokens: float, trained_tokens: float, *, first_layers_known: bool) -> float:
+        """Those that a run can't do without. first_layers_known: what layers before the first trained one give is kept from
+        earlier passes over the same tokens."""
+        of_layers = self.per_token - self.of_head - (self.of_first if first_layers_known else 0.0)
+        return tokens * of_layers + trained_tokens * self.of_head
+
 
 def operations(policy: Policy, config: Any) -> Operations:
-    """The operations of a policy. Layers before the first trained one count only their forward pass."""
-    embeddings, output = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()
-    embedding, head = _matrix(embeddings), None if output is None else _matrix(output)
-    blocks = layers(policy)
-    first = [] if not _is_frozen(embeddings) else list(takewhile(_is_frozen, blocks))
-    forward_alone = {*(p for layer in first for p in layer.parameters()), *(m for layer in first for m in layer.modules())}
+    return operations_of(policy, policy.base, config)
 
+
+def operations_of(model: nn.Module, base: PreTrainedModel, config: Any) -> Operations:
+    """model: the base with its adapters, with weights or without."""
+    output = base.get_output_embeddings()
+    head = set() if output is None else set(output.parameters())
+    blocks, first = layers(model), frozen_first(base)
+    forward_alone = {part for layer in first for part in (*layer.parameters(), *layer.modules())}
     visited = getattr(config.get_text_config(), "num_experts_per_tok", None)
 
-    total = 0.0
-    for parameter in policy.parameters():
-        if parameter.ndim < 2 or (parameter is embedding and head is not embedding):
-            continue
-        passes = 1 if parameter in forward_alone else 2 + parameter.requires_grad
-        part = visited / len(parameter) if parameter.ndim == 3 and visited else 1  # transformers keeps experts as [E, M, K]
-        total += 2 * passes * part * parameter.numel()
-    for module in policy.modules():
+    def of(part: nn.Parameter | nn.Module, shape: Sequence[int]) -> float:
+        trained = isinstance(part, nn.Parameter) and part.requires_grad
+        share = visited / shape[0] if len(shape) == 3 and visited else 1  # transformers keeps experts as [E, M, K]
+        return 2 * (1 if part in forward_alone else 2 + trained) * share * math.prod(shape)
+
+    each = {part: of(part, shape) for part, shape in _multiplied(model, head)}
+    heads, width = heads_of(config)
+    return Operations(
+        per_token=sum(each.values()),
+        per_pair=4 * heads * width * (3 * len(blocks) - 2 * len(first)),
+        of_head=sum(each.get(weight, 0.0) for weight in head),
+        of_first=sum(found for part, found in each.items() if part in forward_alone),
+    )
+
+
+def _multiplied(model: nn.Module, head: Set[nn.Parameter]) -> Iterator[tuple[nn.Parameter | nn.Module, Sequence[int]]]:
+    """The weights that a pass multiplies with and their shapes; of quantized ones those of what they stand for."""
+    packed = packed_shapes(model)
+    copied = {name.partition(COPY)[0] for name, _ in model.named_parameters() if COPY in name}
+    looked_up = {weight for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()}
+    for name, weight in model.named_parameters():
+        replaced = ORIGINAL in name and name.partition(ORIGINAL)[0] in copied
+        if weight.ndim >= 2 and not replaced and (weight in head or weight not in looked_up):
+            yield weight, packed.get(weight, weight.shape)
+    for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            total += 2 * (1 if module in forward_alone else 2) * module.in_features * module.out_features
-    return Operations(per_token=total, per_pair=4 * dimensions(config).query * (3 * len(blocks) - 2 * len(first)))
-
-
-def _matrix(part: nn.Module) -> torch.Tensor | None:
-    """The weight matrix of an embedding or a head, without an adapter's extra rows; None if it is quantized."""
-    return max(part.parameters(), key=torch.Tensor.numel, default=None)
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in layer.parameters())
+            yield module, (module.out_features, module.in_features)
 
 
 def peak_flops(device: torch.device) -> float | None:

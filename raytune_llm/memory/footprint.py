@@ -33,6 +33,7 @@ from raytune_llm.models import attention
 from raytune_llm.models.activations import CHECKPOINTING
 from raytune_llm.models.adapters import Kept, kept_by
 from raytune_llm.models.build import DTYPES
+from raytune_llm.models.frozen_start import kept_bytes
 from raytune_llm.models.load import load_config
 from raytune_llm.models.quantization import quantization_of
 
@@ -66,6 +67,8 @@ class Needs:
     """The parameters of a reference model other than the trained one."""
     case: attention.Case
     """The device type, capability and compute type."""
+    known_batches: tuple[int, int] = (0, 0)
+    """The numbers of micro-batches, trained and held out, for which a worker caches the output of frozen first layers."""
 
 
 MemoryOf = Callable[[Needs], Memory]
@@ -152,12 +155,13 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     # Quantized experts are dequantized when their layer reads them, and kept for its backward pass.
     unpacked = 0 if quantization is None else dtype.itemsize * needs.parameters.experts
     pack = needs.max_length * KINDS[run.stage.kind].sides
+    tokens, hidden = needs.micro_batch_size * pack, dimensions(config).hidden
     memory = memory_per_gpu(
         dimensions(config),
         needs.parameters,
         replace(states, weights=states.weights - saved, optimizer=states.optimizer + state.whole),
         compute=dtype.itemsize,
-        tokens=needs.micro_batch_size * pack,
+        tokens=tokens,
         dropout=needs.dropout,
         adapter=needs.adapter,
         kept=CHECKPOINTING[needs.checkpointing].on_device,
@@ -166,10 +170,12 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
         mask_bytes=needs.micro_batch_size * pack**2 * (1 + dtype.itemsize) if backend in TAKES_MASK else 0,
     )
     kept, num_layers = CHECKPOINTING[needs.checkpointing].on_device, max(dimensions(config).layers, 1)
+    in_kept_layers = unpacked * max(num_layers - needs.parameters.frozen_first, 0) // num_layers
     memory = replace(
         memory,
-        activations=memory.activations + round(kept * unpacked),
+        activations=memory.activations + round(kept * in_kept_layers),
         layer=memory.layer + round((1 - kept) * unpacked / num_layers),
+        known=sum(kept_bytes(batches, tokens * hidden * dtype.itemsize) for batches in needs.known_batches),
     )
     other = needs.reference_parameters * dtype.itemsize
     if needs.reference == "precomputed":

@@ -22,10 +22,12 @@ from transformers import PretrainedConfig
 from raytune_llm.config.adapter import AdapterConfig
 from raytune_llm.config.optimizer import TrainedShape
 from raytune_llm.config.quantization import QuantizationConfig
+from raytune_llm.memory.flops import Operations, operations_of
 from raytune_llm.models.adapters import OWN, Kept, adapt
 from raytune_llm.models.build import UNQUANTIZED
+from raytune_llm.models.frozen_start import once_for_each_batch
 from raytune_llm.models.head import CHUNK_TOKENS, TRAINED_CHUNKS
-from raytune_llm.models.layers import largest, layers
+from raytune_llm.models.layers import frozen_first, heads_of, largest, layers
 from raytune_llm.models.load import load_model
 from raytune_llm.models.quantization import Quantization, check_layers, frozen_experts, linears_but
 from raytune_llm.models.vocabulary import grow
@@ -35,6 +37,7 @@ LOGIT_BYTES, COMPILED_LOGIT_BYTES = 3 * FP32, 2 * FP32
 """Bytes per logit at the peak of the loss. Eager: the logit in float32, the softmax that is kept, and the entropy's product or
 the gradient; a logit in 16 bits is added to these. Compiled: the logit, a float32 buffer for the gradient, and the result."""
 PLAIN = Kept()
+NO_OPERATIONS = Operations(per_token=0.0, per_pair=0.0)
 NO_PIECES: Mapping[int, Sequence[int]] = MappingProxyType({})
 IN_FLIGHT = 4
 """With offloaded inputs, the number of layers whose inputs are on the device at a time."""
@@ -75,6 +78,11 @@ class Parameters:
     """Parameters of the frozen linear layers, without the head."""
     experts: int = 0
     """Parameters of a mixture's frozen experts, if a layer has them in one tensor."""
+    frozen_first: int = 0
+    """Layers before the first trained one. They keep no activations for a backward pass."""
+    known_first: int = 0
+    """Those of them whose output for a batch can be cached (models/frozen_start.py)."""
+    operations: Operations = NO_OPERATIONS
 
     @property
     def frozen(self) -> int:
@@ -98,11 +106,13 @@ class Memory:
     """The backward pass of one layer: its gradients, and its activations if they are recomputed."""
     reference: int = 0
     """A separate reference model, or copies of the trained weights, at the start and now."""
+    known: int = 0
+    """The cached output of frozen first layers, on a CPU."""
 
     @property
     def total(self) -> int:
         """The peak. Logits are freed before the first layer's backward pass begins, so only the larger of the two counts."""
-        kept = self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.reference
+        kept = self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.reference + self.known
         return kept + max(self.logits, self.layer)
 
 
@@ -122,8 +132,7 @@ class States:
 
 def dimensions(config: PretrainedConfig) -> Dimensions:
     text: Any = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
-    head = largest(text, "head_dim") or text.hidden_size // max(heads, 1)
+    heads, head = heads_of(config)
     return Dimensions(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -178,6 +187,9 @@ def count_parameters(
         trained_shapes=tuple(TrainedShape(tuple(p.shape), in_layers.get(p)) for p in adapted.parameters() if p.requires_grad),
         quantizable=sum(weight.numel() for weight in weights if not weight.requires_grad),
         experts=sum(weight.numel() for weight in experts),
+        frozen_first=len(frozen_first(model)),
+        known_first=once_for_each_batch(model),
+        operations=operations_of(adapted, model, config),
     )
 
 
@@ -213,7 +225,8 @@ def memory_per_gpu(
     layer = tokens * _layer_bytes(
         d, compute, trains_all=trains_all, wide_norms=states.wide_norms, dropout=dropout, adapter=adapter, compiled=compiled
     )
-    inputs = tokens * compute * d.hidden * (0 if kept == 1 else min(d.layers, IN_FLIGHT) if inputs_leave else d.layers)
+    kept_layers = max(d.layers - parameters.frozen_first, 0)
+    inputs = tokens * compute * d.hidden * (0 if kept == 1 else min(kept_layers, IN_FLIGHT) if inputs_leave else kept_layers)
     # Gradients of the MLP's product and of its two factors, and of the input of a norm in float32.
     backward = tokens * (3 * compute * d.intermediate + 2 * FP32 * d.hidden)
     last_norm = tokens * (FP32 + 2 * compute) * d.hidden
@@ -227,7 +240,7 @@ def memory_per_gpu(
         gradients=states.gradients,
         optimizer=states.optimizer,
         buffers=states.buffers,
-        activations=inputs + d.layers * round(kept * layer) + last_norm + mask_bytes,
+        activations=inputs + kept_layers * round(kept * layer) + last_norm + mask_bytes,
         logits=logits + before,
         layer=backward + round((1 - kept) * layer),
     )

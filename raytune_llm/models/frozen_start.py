@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytune_llm.models.layers import frozen_first
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.records import Batch
 
@@ -109,13 +110,22 @@ def frozen_start(base: PreTrainedModel, known: KnownStates, *, trains_again: boo
     base: a transformers model with its adapters, with requires_grad set as it is trained.
     """
     text: Any = text_model(base)
-    trained = {id(weight) for weight in base.parameters() if weight.requires_grad}
-    if type(text).__name__ not in IN_A_ROW or not trained:
-        return None
-    in_layers = [{id(weight) for weight in layer.parameters()} for layer in text.layers]
-    count = next((number for number, weights in enumerate(in_layers) if weights & trained), 0)
-    before = {id(weight) for weight in base.get_input_embeddings().parameters()}
-    return FrozenStart(text.layers, count, known, trains_again=trains_again) if count and not before & trained else None
+    count = once_for_each_batch(base)
+    return FrozenStart(text.layers, count, known, trains_again=trains_again) if count else None
+
+
+def once_for_each_batch(base: PreTrainedModel) -> int:
+    """The number of layers that can be."""
+    text: Any = text_model(base)
+    if type(text).__name__ not in IN_A_ROW:
+        return 0
+    count = len(frozen_first(base))
+    return count if count < len(text.layers) else 0
+
+
+def kept_bytes(batches: int, batch_bytes: int) -> int:
+    """Of so many batches that are trained on, or so many others; batch_bytes: of the hidden states of one."""
+    return min(batches, MOST_BYTES // max(batch_bytes, 1)) * batch_bytes
 
 
 def _seen_by_layers(batch: Batch) -> bytes:

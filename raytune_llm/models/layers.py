@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -45,3 +46,21 @@ def largest(config: PretrainedConfig, name: str) -> Any:
 
 def layers(model: nn.Module) -> list[nn.Module]:
     return [layer for _, layer in named_layers(model)]
+
+
+def frozen_first(base: PreTrainedModel) -> list[nn.Module]:
+    """The layers before the first that is trained, with adapters in them and requires_grad as it is trained: a backward pass does
+    not come to them. None where the embedding is trained."""
+    frozen = _is_frozen(base.get_input_embeddings())
+    return list(takewhile(_is_frozen, layers(base))) if frozen else []
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def heads_of(config: PretrainedConfig) -> tuple[int, int]:
+    """The number of query heads of a layer, and the width of one."""
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
+    return heads, largest(text, "head_dim") or text.hidden_size // max(heads, 1)

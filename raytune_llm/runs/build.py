@@ -61,6 +61,16 @@ def least_usable_bytes(device: torch.device) -> float:
     return USABLE * free
 
 
+def computes_first_once(run: TrainRun, device_type: str, *, compiled: bool) -> bool:
+    """Whether a worker computes layers before the first trained one once for each batch, where the model has such layers."""
+    return device_type == "cpu" and not (compiled or _spreads(run))
+
+
+def _spreads(run: TrainRun) -> bool:
+    """Whether a worker may have a part of the weights only."""
+    return READS_FILES[run.strategy.name] or FIRST_LOADS[run.strategy.name]
+
+
 class Builder:
     """Builds a run's model on one worker. It keeps the memory estimate for the error that is raised if memory runs out.
 
@@ -81,8 +91,7 @@ class Builder:
         """first_pieces: for each token that the run adds, the token ids whose mean its embedding starts from. shared: keeps the
         base for the next run. together: the runs that train on one base in one pass, `run` included."""
         self.run, self.config, self.device, self._first_pieces = run, config, device, first_pieces
-        self._spreads = READS_FILES[run.strategy.name] or FIRST_LOADS[run.strategy.name]
-        self._shared = None if self._spreads or run.quantization.replaces_layers else shared
+        self._shared = None if _spreads(run) or run.quantization.replaces_layers else shared
         self._together = together
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.compiled, self._why_compiled = compiles(
@@ -132,7 +141,7 @@ class Builder:
             first_pieces=self._first_pieces,
             shared=self._shared,
             slots=Slots(tuple(one.adapter for one in self._together)) if self._together else None,
-            starts_once=device.type == "cpu" and not (self._spreads or self.compiled or self._together),
+            starts_once=computes_first_once(run, device.type, compiled=self.compiled) and not self._together,
             trains_again=run.train.epochs > 1 or self._shared is not None,
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,15 @@ from raytune_llm.memory.fixes import Fix, SuggestedFixes
 from raytune_llm.memory.footprint import GIB, USABLE, estimate, least_recomputation, needs_of, parameters_of
 from raytune_llm.memory.model import Memory, Parameters
 from raytune_llm.models.activations import compiles
-from raytune_llm.models.build import DTYPES, run_config
+from raytune_llm.models.attention import case_of
+from raytune_llm.models.build import DTYPES, compute_dtype, run_config
+from raytune_llm.runs.build import computes_first_once
 from raytune_llm.runs.stores import held_out_part, open_stores, shares_prompts, total_steps
 from raytune_llm.runs.tokenizer import tokenizer_of
 
+CPU = torch.device("cpu")
+UNKNOWN = sys.maxsize
+"""Before the data are prepared: as many batches as there is room for."""
 GPU_CLASSES = (24 * GIB, 40 * GIB, 80 * GIB)
 """Memory of common GPUs in bytes, for machines without a GPU."""
 
@@ -45,6 +51,7 @@ class Data:
     """Fraction of the packs that is not padding. None: without packing."""
     steps_per_epoch: int
     total_steps: int
+    held_out_samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,16 @@ class Plan:
     """For the GPUs of this machine; if it has none, for the machine itself (if the run would be on it) and for common GPUs."""
 
     @property
+    def least_operations(self) -> float | None:
+        """FLOPs of products of matrices that training takes at least, on all workers together; attention's own are left out. None
+        before the data are prepared."""
+        if self.data is None:
+            return None
+        known = self.memory.known > 0
+        of_epoch = self.parameters.operations.at_least(self.data.tokens, self.data.trained_tokens, first_layers_known=known)
+        return of_epoch * self.data.total_steps / max(self.data.steps_per_epoch, 1)
+
+    @property
     def memory(self) -> Memory:
         """The peak of one worker on the first device."""
         return self.verdicts[0].memory
@@ -97,9 +114,9 @@ class Plan:
         return tuple(verdict for verdict in self.verdicts if not verdict.fits)
 
 
-def plan(run: TrainRun) -> Plan:
+def plan(run: TrainRun, *, in_sweep: bool = False) -> Plan:
     """Plan a run. Raises ConfigError and DataError as training would. It loads no weights, and reads the data only to hash
-    them."""
+    them. in_sweep: other trials train over the same base in the same process."""
     tokenizer, _ = tokenizer_of(run)
     config = run_config(run.model, tokenizer, run.data.max_length, packing=run.data.packing)
     gpus = gpus_here()
@@ -107,22 +124,28 @@ def plan(run: TrainRun) -> Plan:
     accumulation = run.train.micro_batches(world_size)
     devices = tuple(dict.fromkeys(gpus)) or tuple(_devices_without_gpu(run))
     parameters = parameters_of(run, config)
+    data = _data(run, config)
+    known = _known_batches(run, data, world_size, accumulation, comes_again=in_sweep or run.train.epochs > 1)
     computed = DTYPES.get(run.train.precision, torch.bfloat16) if run.adapter.trains_base else torch.float32
     return Plan(
         world_size=world_size,
         accumulation=accumulation,
         parameters=parameters,
         saved_bytes=parameters.saved * computed.itemsize,
-        data=_data(run, config),
-        verdicts=tuple(_verdict(run, config, device, world_size) for device in devices),
+        data=data,
+        verdicts=tuple(_verdict(run, config, device, world_size, known) for device in devices),
     )
 
 
-def _verdict(run: TrainRun, config: PretrainedConfig, device: Device, world_size: int) -> Verdict:
+def _verdict(run: TrainRun, config: PretrainedConfig, device: Device, world_size: int, known_batches: tuple[int, int]) -> Verdict:
     memory_of = partial(estimate, run, config)
     usable = USABLE * device.memory / (world_size if device.shared else 1)
-    compiled, _ = compiles(run.train.compile, "cpu" if device.shared else "cuda", never=run.uncompiled)
-    needs = needs_of(run, config, world_size, compiled=compiled)
+    device_type = "cpu" if device.shared else "cuda"
+    compiled, _ = compiles(run.train.compile, device_type, never=run.uncompiled)
+    here = case_of(config, "cpu", (0, 0), compute_dtype(run.train.precision, CPU)) if device.shared else None
+    needs = needs_of(run, config, world_size, compiled=compiled, case=here)
+    if needs.parameters.known_first and computes_first_once(run, device_type, compiled=compiled):
+        needs = replace(needs, known_batches=known_batches)
     if run.train.activation_checkpointing == "auto" and not device.shared:
         needs = least_recomputation(needs, memory_of, usable)
     memory = memory_of(needs)
@@ -134,6 +157,20 @@ def _verdict(run: TrainRun, config: PretrainedConfig, device: Device, world_size
         fixes=() if fits else SuggestedFixes(run, config, needs, usable, on_gpu=not device.shared).least(),
         fits=fits,
     )
+
+
+def _known_batches(run: TrainRun, data: Data | None, world_size: int, accumulation: int, *, comes_again: bool) -> tuple[int, int]:
+    """The different micro-batches of a worker that are trained on, and others: held-out ones, and those of a reference.
+    comes_again: those that are trained on are trained on again."""
+    if data is None:
+        return (UNKNOWN if comes_again else 0, UNKNOWN if run.data.evaluates or run.stage.has_reference else 0)
+    micro = run.train.micro_batch_size
+    trained = data.total_steps * accumulation
+    if micro == 1:  # larger ones are of other samples in each epoch
+        trained = min(trained, data.samples)
+    held_out = -(-data.held_out_samples // (micro * world_size))
+    own_reference = run.stage.has_reference and run.stage.reference_model is None and run.stage.reference_adapter is None
+    return (trained if comes_again else 0, held_out + (trained if own_reference else 0))
 
 
 def gpus_here() -> list[Device]:
@@ -182,4 +219,5 @@ def _data(run: TrainRun, config: PretrainedConfig) -> Data | None:
         fill=tokens / (len(samples) * samples.capacity) if run.data.packing else None,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps(run, steps_per_epoch),
+        held_out_samples=sum(map(len, stores.held_out.values())),
     )

@@ -198,5 +198,5 @@ def _fits(runs: Sequence[TrainRun]) -> int:
     from raytune_llm.memory.footprint import USABLE
     from raytune_llm.runs.plan import plan
 
-    verdicts = [plan(replace(run, resources=INLINE)).verdicts[0] for run in runs]
+    verdicts = [plan(replace(run, resources=INLINE), in_sweep=True).verdicts[0] for run in runs]
     return max(1, int(USABLE * verdicts[0].device.memory // max(verdict.memory.total for verdict in verdicts)))

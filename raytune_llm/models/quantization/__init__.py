@@ -22,7 +22,7 @@ from raytune_llm.models.quantization.fp8 import FP8
 from raytune_llm.models.quantization.hqq import HQQ
 from raytune_llm.models.quantization.int8 import Int8
 from raytune_llm.models.quantization.linears import Found, frozen_experts, linears_but, names_of_linears
-from raytune_llm.models.quantization.nf4 import NF4
+from raytune_llm.models.quantization.nf4 import NF4, packed_shapes
 from raytune_llm.models.stored import Stored
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "described",
     "frozen_experts",
     "linears_but",
+    "packed_shapes",
     "quantization_of",
     "quantize",
 ]

@@ -97,6 +97,12 @@ class Reshaped(nn.Module):
         return x.view(self.shape)
 
 
+def packed_shapes(model: nn.Module) -> dict[nn.Parameter, torch.Size]:
+    """Of packed experts the shape [E, N, K] that they are unpacked to."""
+    lists = (module for module in model.modules() if isinstance(module, parametrize.ParametrizationList))
+    return {one.get_parameter("original"): last.shape for one in lists if isinstance(last := one[-1], Reshaped)}
+
+
 def pack_experts(experts: nn.Module, name: str, code: str) -> None:
     """Quantize the experts of a mixture. The layer dequantizes all of them together, once per pass."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit

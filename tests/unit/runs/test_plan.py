@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from raytune_llm import api, load_config
 from raytune_llm.commands import plan as command
@@ -12,6 +14,7 @@ from raytune_llm.memory.model import STATES
 from raytune_llm.runs import plan as plan_module
 from raytune_llm.runs import preflight
 from raytune_llm.runs.plan import GIB, Device, Plan
+from raytune_llm.runs.workspace import Workspace
 from tests.runs import tiny_run
 
 LLAMA3_8B = [
@@ -31,6 +34,7 @@ MIXTURE = [
     "+model.config.num_experts=4",
 ]
 TINY_MLP = ["model.config.hidden_size=36", "model.config.intermediate_size=38", "model.config.num_attention_heads=2"]
+OWN_PRODUCTS = {torch.ops.raytune_llm.accumulate_product: lambda into, left, right, **out: 2 * left[0] * left[1] * right[1]}
 EAGER = ["train.compile=false", "train.activation_checkpointing=none"]
 
 
@@ -190,6 +194,47 @@ def test_packs_of_pairs_hold_both_sides_and_train_both_answers(tmp_path):
     data = api.plan(run).data
     assert data is not None and data.fill is not None and data.fill <= 1
     assert data.trained_tokens == 20 * (len("good good") + 1 + len("bad") + 1)
+
+
+@pytest.mark.parametrize("overrides", [["train.epochs=2"], ["train.epochs=1"], ["data.eval_fraction=0"], ["train.max_steps=2"]])
+def test_what_frozen_first_layers_gave_is_counted_on_a_cpu_as_a_sweep_keeps_it(chat_rows, cache, tmp_path, overrides):
+    run = tiny_run(chat_rows, cache, tmp_path / "out", "adapter.last_layers=1", *overrides)
+    unprepared = tiny_run(chat_rows, str(tmp_path / "cache"), tmp_path / "out", "adapter.last_layers=1", *overrides)
+    assert api.plan(unprepared, in_sweep=True).memory.known >= 2**28  # all that there is room for
+    workspace = Workspace(keeps_base=True)
+    api.train(run, workspace=workspace)
+    assert workspace.base is not None
+    held = sum(states.nbytes for states in workspace.base.known._states.values())
+    assert api.plan(run, in_sweep=True).memory.known == held > 0
+    assert api.plan(tiny_run(chat_rows, cache, tmp_path / "out", *overrides)).memory.known == 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.max_steps=1"],
+        ["adapter.last_layers=1", "train.epochs=2"],
+        ["adapter.modules_to_save=[lm_head]", "train.max_steps=1"],
+    ],
+)
+def test_the_operations_of_a_run_are_at_least_those_that_plan_counts(chat_rows, cache, tmp_path, overrides):
+    settings = ("train.epochs=1", "data.eval_fraction=0", "model.config.hidden_size=256", "model.config.intermediate_size=512")
+    run = tiny_run(chat_rows, cache, tmp_path / "out", *settings, *overrides)
+    with FlopCounterMode(display=False, custom_mapping=OWN_PRODUCTS) as counter:
+        api.train(run)
+    found = api.plan(run).least_operations
+    assert found is not None
+    assert 0.7 * counter.get_total_flops() < found <= counter.get_total_flops()
+
+
+def test_experts_that_a_token_does_not_visit_cost_no_operations(chat_rows, cache, tmp_path):
+    of_two = (*MIXTURE, "+model.config.num_experts_per_tok=2")
+    run = tiny_run(chat_rows, cache, tmp_path / "out", *of_two)
+    pipeline.prepare(run.model, run.data, run.resources)
+    few, many = (planned(chat_rows, cache, tmp_path, *of_two, f"++model.config.num_experts={count}") for count in (4, 32))
+    assert few.least_operations is not None and many.least_operations is not None
+    assert many.parameters.total > 3 * few.parameters.total
+    assert few.least_operations < many.least_operations < 1.1 * few.least_operations  # the router has more rows
 
 
 def test_a_plan_says_whose_reference_it_is_and_how_many_rows_a_step_has(chat_rows, cache, tmp_path, capsys):

@@ -17,9 +17,10 @@ from raytune_llm.losses.tokens import token_logprobs
 from raytune_llm.memory.flops import operations
 from raytune_llm.models import attention
 from raytune_llm.models.adapters import OWN, PeftAdapters, adapt
+from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.train.optimizers import build_optimizer
-from tests.models import lora_section, packed, some_rows
+from tests.models import lora_section, model_section, packed, some_rows
 
 IDS = torch.arange(20).view(2, 10)
 
@@ -75,6 +76,32 @@ def test_of_experts_those_that_a_token_visits_are_counted() -> None:
     experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
     others = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.get_input_embeddings().weight.numel()
     assert operations(CausalLM(model), config).per_token == 6 * (experts / 3 + others)
+
+
+def test_of_packed_experts_what_they_stand_for_is_counted() -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("mixtral", num_local_experts=6, num_experts_per_tok=2, num_key_value_heads=2, **sizes)
+    counted = []
+    for name in ("none", "bnb_nf4", "bnb_int8"):
+        section = load_config("train", ["data.path=x", f"quantization={name}"]).quantization
+        settings = {"compute": torch.float32, "seed": 0, "device": torch.device("cpu"), "quantization": section}
+        policy, _ = build_policy(config, model_section(path=None, weights="random", config={}), lora(None), **settings)
+        counted.append(operations(policy, config))
+    assert counted[0] == counted[1] == counted[2]
+
+
+def test_embeddings_of_positions_and_an_original_of_a_trained_copy_are_not_multiplied_with() -> None:
+    config = AutoConfig.for_model("gpt2", vocab_size=97, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config)
+    multiplied = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "wpe" not in name)
+    assert operations(CausalLM(model), config).per_token == 6 * multiplied  # the head is the embedding
+    whole, copied = untied(), untied()
+    for model, whole_modules in ((whole, []), (copied, ["lm_head"])):
+        adapt(model, lora_section(modules_to_save=whole_modules))
+    plain, with_head = (operations(CausalLM(one), one.config) for one in (whole, copied))
+    assert plain.of_head == 4 * 97 * 32 and with_head.of_head == 6 * 97 * 32
+    assert with_head.per_token - plain.per_token == 2 * 97 * 32
 
 
 @pytest.mark.parametrize("last_layers", [1, 2, 3])
