@@ -56,9 +56,8 @@ Whether a model can be trained depends on its architecture (the `model_type` of 
 
 - `in packs` means `data.packing=true`, the default.
 - `a row a line` means that the model needs `data.packing=false`. Its layers carry a state from token to token, or compute
-attention in
-  their own way, so they would mix the rows of a pack. Each row then has its own row of the batch, with padding at its end, and
-  transformers' own layers compute it. Such a model generates with `engine=hf`.
+  attention in their own way, so they would mix the rows of a pack. Each row then has its own row of the batch, with padding at
+  its end, and transformers' own layers compute it. Such a model generates with `engine=hf`.
 
 Tests compare both with transformers on small models with random weights. A model that fits neither is refused.
 
