@@ -290,18 +290,27 @@ def _num_layers(model_name_or_path: str | None, find: Find) -> int | None:
 
 
 def oft(
-    finetuning_type: str, oft_rank: int, oft_block_size: int, oft_target: str | Sequence[str], module_dropout: float
+    finetuning_type: str,
+    oft_rank: int,
+    oft_block_size: int,
+    oft_target: str | Sequence[str],
+    lora_target: str | Sequence[str],
+    module_dropout: float,
 ) -> Settings | NoEffect:
+    """There, lora_target names the layers of this method too, and oft_target, which is meant to, is not read."""
     if finetuning_type != "oft":
         return NoEffect("read with finetuning_type=oft only")
     if bool(oft_rank) == bool(oft_block_size):
         raise Refusal("PEFT takes one of oft_rank and oft_block_size, there too; set the other to 0", "oft_rank")
+    targets = {str(given): given for given in map(_targets, (lora_target, oft_target)) if given != "all-linear"}
+    if len(targets) > 1:
+        raise Refusal("names other layers than lora_target, which is what is read there; leave one of the two out", "oft_target")
     return {
         "adapter": "oft",
         "adapter.block_size": oft_block_size or None,
         "adapter.blocks": oft_rank or None,
         "adapter.dropout": float(module_dropout),
-        "adapter.targets": _targets(oft_target),
+        "adapter.targets": next(iter(targets.values()), "all-linear"),
     }
 
 

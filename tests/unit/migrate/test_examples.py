@@ -43,6 +43,10 @@ CONVERTED = {
         {**LORA, "finetuning_type": "oft", "oft_block_size": 16, "oft_target": "q_proj,v_proj", "module_dropout": 0.1},
         {"adapter.name": "oft", "adapter.block_size": 16, "adapter.targets": ["q_proj", "v_proj"], "adapter.dropout": 0.1},
     ),
+    "extras/oft by lora_target": (
+        {**LORA, "finetuning_type": "oft", "lora_target": "q_proj,v_proj"},
+        {"adapter.name": "oft", "adapter.targets": ["q_proj", "v_proj"]},
+    ),
     "extras/oft_rank": (
         {**LORA, "finetuning_type": "oft", "oft_rank": 8, "oft_block_size": 0},
         {"adapter.name": "oft", "adapter.blocks": 8, "adapter.block_size": None},
@@ -214,6 +218,10 @@ REFUSED = {
     ),
     "extras/freeze_nothing": ({**FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 0}, "freeze_trainable_layers"),
     "extras/mod": ({**FULL, "mixture_of_depths": "convert"}, "mixture_of_depths"),
+    "extras/oft of two minds": (
+        {**LORA, "finetuning_type": "oft", "lora_target": "q_proj", "oft_target": "v_proj"},
+        "names other layers than lora_target",
+    ),
     "extras/oft_rank": ({**LORA, "finetuning_type": "oft", "oft_rank": 8}, "PEFT takes one of oft_rank and oft_block_size"),
     "extras/longlora_dpo": ({**PAIRS, "shift_attn": True}, "whose reference attends to all"),
     "extras/reference_4bit": ({**PAIRS, "ref_model": "org/other", "ref_model_quantization_bit": 4}, "not quantized"),
