@@ -472,13 +472,16 @@ def chain(run: ChainRun, *, each: Callable[[str, str, Any], Any] | None = None) 
         verb, *words = run.words(name)
         runs[name] = (verb, command_line.load(command_line.parse(verb, words)))
     made: list[Path] = []
+    trained: dict[str, TrainRun] = {}
     for _, step in runs.values():
         if isinstance(step, TrainRun | PrepareRun | PredictRun | ExportRun | EvaluateRun):
             packaged.check_models(step, made)
         if isinstance(step, ExportRun):
             from raytune_llm.export.run import check_ahead
 
-            check_ahead(with_absolute_paths(step))
+            check_ahead(with_absolute_paths(step), trained)
+        if isinstance(step, TrainRun) and not packaged.is_made(step.model.path, made):
+            trained[str(expanded(step.output_dir).absolute())] = with_absolute_paths(step)
         place = step.export.output_dir if isinstance(step, ExportRun) else value_of(step, "output_dir")
         if place is not None:
             made.append(expanded(place).absolute())

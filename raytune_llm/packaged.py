@@ -73,8 +73,13 @@ def check_models(
         return
     reference = run.stage.reference_model if isinstance(run, TrainRun | PrepareRun) else None
     for setting, path in (("model.path", run.model.path), ("stage.reference_model", reference)):
-        if path is not None and not any(expanded(path).absolute().is_relative_to(folder) for folder in made):
+        if path is not None and not is_made(path, made):
             check(path, setting)
+
+
+def is_made(path: str | None, made: Collection[Path]) -> bool:
+    """Whether a model is in one of these folders."""
+    return path is not None and any(expanded(path).absolute().is_relative_to(folder) for folder in made)
 
 
 def check(path: str, setting: str) -> None:

@@ -47,6 +47,10 @@ def as_typed(override: str, *, several: bool = False) -> str:
         raise ConfigError(key, "has a quote or a bracket that is not closed", got=value, fix=fix)
     if value.startswith(("[", "{")) and is_read(literal := f"{key}={_literal(value)}"):
         return literal
+    if (name := _unwritable(value)) is not None:
+        rule = f"has a name, {name}, with a character that Hydra's command line has no letter for"
+        fix = r"Put it into a YAML file (+experiment=...); a regular expression may begin with \A in place of ^."
+        raise ConfigError(key, rule, got=value, fix=fix)
     values = re.split(r",(?![^\[]*\])", value) if several else [value]
     return f"{key}={','.join(one if is_read(f'{key}={one}') else quoted(one) for one in values)}"
 
@@ -180,10 +184,26 @@ def _literal(value: str) -> str:
         return value
 
 
+def _unwritable(value: str) -> str | None:
+    """A key of an object (not of a text in braces) that can't be written in Hydra's grammar, where there is one."""
+    try:
+        node = yaml.load(value, yaml.BaseLoader) if value.startswith("{") else None
+    except YAMLError:
+        return None
+    named = node if isinstance(node, dict) else {}
+    return next((key for key, item in named.items() if item != "" and not is_read(f"key={{{_escaped(key)}:1}}")), None)
+
+
+def _escaped(key: str) -> str:
+    """A key as Hydra's grammar reads it, which has no quotes for keys: {(q|k)_proj: 2} is {\\(q|k\\)_proj: 2}."""
+    key = re.sub(r"\\{2,}|\\(?=[()\[\]{}:=,\s]|$)", lambda found: 2 * found[0], key)
+    return re.sub(r"[()\[\]{}:=,\s]", r"\\\g<0>", key)
+
+
 def _in_hydras_words(node: Any) -> str:
     if isinstance(node, list):
         return f"[{','.join(map(_in_hydras_words, node))}]"
     if isinstance(node, dict):
-        return f"{{{','.join(f'{key}:{_in_hydras_words(item)}' for key, item in node.items())}}}"
+        return f"{{{','.join(f'{_escaped(key)}:{_in_hydras_words(item)}' for key, item in node.items())}}}"
     is_text = not is_read(f"key={node}") or isinstance(parsed(f"key={node}").value(), str)
     return quoted(node) if is_text else node

@@ -73,7 +73,26 @@ def in_quantized(
 ) -> tuple[Tensors, str]:
     """The base's tensors, and a sentence about them for the card. config: the base's. trained_in: the quantization of the run.
     place: the base's folder. Raises ConfigError if neither is quantized, or if single layers can't be read."""
-    given: Any = getattr(config, "quantization_config", None)
+    model = base_in_bits(config, trained_in, place, trust_remote_code=trust_remote_code)
+    given = _stored_in(config)
+    if given is not None:
+        return _unpacked(files, model, given, place)
+    assert trained_in is not None
+    return _rounded(files, model, trained_in)
+
+
+def base_in_bits(
+    config: PretrainedConfig, trained_in: QuantizationConfig | None, place: str, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The base without weights. Raises ConfigError if its config already shows that `in_quantized` would."""
+    given = _stored_in(config)
+    if given is not None:
+        _check_format(given, config.model_type, place)
+    elif trained_in is None or quantization_of(trained_in) is None:
+        rule = "is for a base whose files are quantized, or for a run with a quantization"
+        raise ConfigError(SETTING, rule, got=True, fix="Leave it out.")
+    else:
+        check_device(trained_in, torch.device("cpu"))
     model = load_model(
         without_quantization(config),
         None,
@@ -82,14 +101,22 @@ def in_quantized(
         seed=0,
         device="meta",
         trust_remote_code=trust_remote_code,
-    )
-    if given is not None:
-        given = given if isinstance(given, dict) else given.to_dict()
-        return _unpacked(files, model, given.get("stored", given), place)
-    if trained_in is None or quantization_of(trained_in) is None:
-        rule = "is for a base whose files are quantized, or for a run with a quantization"
-        raise ConfigError(SETTING, rule, got=True, fix="Leave it out.")
-    return _rounded(files, model, trained_in)
+    ).requires_grad_(False)
+    if frozen_experts(layers(model)):
+        if given is None:
+            raise ConfigError(SETTING, "must be false for a mixture of experts", got=True, fix="Leave it out.")
+        rule = "must have files whose layers can be unpacked one by one, which experts of a mixture can't"
+        raise ConfigError("model.path", rule, got=place, fix="Name the model that it was quantized from.")
+    return model
+
+
+def _stored_in(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """The quantization_config of the files; None if they are not quantized."""
+    given: Any = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    given = given if isinstance(given, dict) else given.to_dict()
+    return given.get("stored", given)
 
 
 def is_quantized(config: PretrainedConfig) -> bool:
@@ -104,9 +131,9 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     return plain
 
 
-def _unpacked(files: Tensors, model: PreTrainedModel, given: Mapping[str, Any], place: str) -> tuple[Tensors, str]:
+def _check_format(given: Mapping[str, Any], model_type: str, place: str) -> None:
     """given: the quantization_config."""
-    method, config = method_of(given), model.config
+    method = method_of(given)
     kind = BY_LAYER.get(method)
     if kind is None:
         rule = f"must hold weights by {', '.join(BY_LAYER)} with {SETTING}=true; these are by {method}"
@@ -114,12 +141,17 @@ def _unpacked(files: Tensors, model: PreTrainedModel, given: Mapping[str, Any], 
     if kind.package is not None and find_spec(kind.package[0]) is None:
         rule = f"holds weights by {method}, which needs {kind.package[0]} to be read"
         raise ConfigError("model.path", rule, got=place, fix=f"Install it: pip install '{kind.package[1]}'.")
-    if (lacking := kind.lacks(given, config.model_type)) is not None:
+    if (lacking := kind.lacks(given, model_type)) is not None:
         rule = f"holds weights by {method} that can't be read here: {lacking}"
         raise ConfigError("model.path", rule, got=place, fix="Name the model that it was quantized from.")
+
+
+def _unpacked(files: Tensors, model: PreTrainedModel, given: Mapping[str, Any], place: str) -> tuple[Tensors, str]:
+    """given: the quantization_config."""
+    method, config = method_of(given), model.config
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    unpacked = Unpacked(files, kind.of(given), shapes, dtype)
+    unpacked = Unpacked(files, BY_LAYER[method].of(given), shapes, dtype)
     tied = {f"{name}.weight" for name in tied_ends(model)}
     if missing := sorted(shapes.keys() - unpacked.facts.keys() - tied):
         rule = f"must have files whose layers can be unpacked one by one: they have no {missing[0]}"
@@ -131,11 +163,8 @@ def _unpacked(files: Tensors, model: PreTrainedModel, given: Mapping[str, Any], 
 
 
 def _rounded(files: Tensors, model: PreTrainedModel, section: QuantizationConfig) -> tuple[Tensors, str]:
-    check_device(section, torch.device("cpu"))
     quantization = quantization_of(section)
     assert quantization is not None
-    if frozen_experts(layers(model)):
-        raise ConfigError(SETTING, "must be false for a mixture of experts", got=True, fix="Leave it out.")
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     weights = frozenset(names[linear] for *_, linear in linears_but(layers(model), quantization.skip_modules))
     return Rounded(files, quantization, weights), (

@@ -16,7 +16,7 @@ import torch
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.export import CALIBRATED, ExportConfig
 from raytune_llm.config.plain import as_plain
-from raytune_llm.config.run import ExportRun
+from raytune_llm.config.run import ExportRun, TrainRun
 from raytune_llm.errors import ConfigError, ResourceError, first_line
 from raytune_llm.export.adapter import adapter
 from raytune_llm.export.check import Difference, can_compare, compare
@@ -34,7 +34,7 @@ from raytune_llm.export.quantized.environment import check_environment
 from raytune_llm.export.quantized.nf4 import nf4
 from raytune_llm.export.quantized.rounded import rounded
 from raytune_llm.export.rows import contents_of, rows_to_check
-from raytune_llm.export.source import WEIGHT_SUFFIXES, Source, source_of
+from raytune_llm.export.source import WEIGHT_SUFFIXES, Source, check_to_come, source_of
 from raytune_llm.export.target import Target
 from raytune_llm.report.metrics import non_finite_as_strings
 from raytune_llm.runs.contents import adapter_contents, folder_contents, model_contents
@@ -81,9 +81,9 @@ class Exported:
     """Whether it existed already, made from the same files and settings, so that nothing was written."""
 
 
-def check_ahead(run: ExportRun) -> None:
-    """Check what can be checked before the model is trained: the export's folder, the hub, and the packages and programs that it
-    needs.
+def check_ahead(run: ExportRun, trained: Mapping[str, TrainRun]) -> None:
+    """Check what can be checked before the model is trained: the export's folder, the hub, the packages and programs that it
+    needs, and the base. trained: the runs before it, by output folder.
 
     Raises ConfigError.
     """
@@ -96,6 +96,8 @@ def check_ahead(run: ExportRun) -> None:
         check_environment(settings.format, settings.python, run.resources)
     if settings.llama_quantize is not None:
         found_program(settings.llama_quantize)
+    if (comes := trained.get(str(settings.run))) is not None:
+        check_to_come(comes, settings)
 
 
 def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -> Exported:

@@ -18,11 +18,12 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedCo
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from raytune_llm import packaged
-from raytune_llm.config.export import ALONE
+from raytune_llm.config.export import ALONE, ExportConfig
 from raytune_llm.config.model import ModelConfig
+from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.run import ExportRun, TrainRun
 from raytune_llm.errors import ConfigError, first_line
-from raytune_llm.export.in_quantized import in_quantized, is_quantized, without_quantization
+from raytune_llm.export.in_quantized import base_in_bits, in_quantized, is_quantized, without_quantization
 from raytune_llm.export.tensors import TensorFact, TensorFiles, Tensors, converted
 from raytune_llm.hub import hub_failures
 from raytune_llm.models.adapters.mergeable import Mergeable
@@ -284,10 +285,9 @@ def source_of(run: ExportRun) -> Source:
         raise ConfigError("export.weights", f"must have names of adapters ({', '.join(named) or 'none is given'})", got=unknown)
     adapters = [(Mergeable(*where), export.weights.get(name, 1.0)) for name, where in named.items()]
     under = [Mergeable(path, "model.merged_adapters") for path in model.merged_adapters]
-    assert model.path is not None or trained_run is not None
-    if model.path is None:
-        rule = "must be a run whose base has a path: an adapter of random weights can't be merged"
-        raise ConfigError("export.run", rule, got=export.run)
+    trained_in = None if trained_run is None else trained_run.quantization
+    _check_base(model, trained_in, export)
+    assert model.path is not None
     folder = Path(packaged.resolve(model.path))
     if not folder.is_dir():
         folder = _downloaded(model.path, model.revision)
@@ -300,13 +300,30 @@ def source_of(run: ExportRun) -> Source:
     stored, into = TensorFiles(files), None
     config = load_config(str(folder), {}, trust_remote_code=model.trust_remote_code)
     if export.into_quantized or (export.format in ALONE and is_quantized(config)):  # an adapter is of the weights as unpacked
-        trained_in = None if trained_run is None else trained_run.quantization
         stored, said = in_quantized(stored, config, trained_in, str(folder), trust_remote_code=model.trust_remote_code)
         into = said if export.into_quantized else None
     source = Source(model, folder, stored, adapters, under, None if beside == folder else beside, trained_run, into)
     _check_files(source)
     _check(source, merges=export.format not in ALONE)
     return source
+
+
+def check_to_come(run: TrainRun, export: ExportConfig) -> None:
+    """Raises ConfigError if the adapter of a run that is not trained yet can't be merged into its base."""
+    if not run.adapter.trains_base:
+        _check_base(run.model, run.quantization, export)
+
+
+def _check_base(model: ModelConfig, trained_in: QuantizationConfig | None, export: ExportConfig) -> None:
+    """Raises ConfigError for what the base's config shows, before its weights are downloaded. trained_in: the quantization of the
+    run."""
+    if model.path is None:
+        rule = "must be a run whose base has a path: an adapter of random weights can't be merged"
+        raise ConfigError("export.run", rule, got=export.run)
+    if export.into_quantized:
+        code = model.trust_remote_code
+        config = load_config(model.path, {}, revision=model.revision, trust_remote_code=code)
+        base_in_bits(config, trained_in, model.path, trust_remote_code=code)
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

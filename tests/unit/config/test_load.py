@@ -195,6 +195,7 @@ def test_an_export_at_the_end_of_a_chain_is_looked_at_before_the_training_before
     quantize = refused(place, "export.format=gguf", "export.dtype=q4_k_m", "export.llama_quantize=nothing")
     assert quantize.startswith("export.llama_quantize must be a program")
     assert refused(place, "export.format=gptq", "export.python=/nothing").startswith("export.python must be a Python")
+    assert refused(place).startswith("export.run must be a run whose base has a path")
     monkeypatch.setattr("raytune_llm.export.quantized.codec.find_spec", lambda name: None)
     assert refused(place, "export.format=nf4").startswith("export.format can't be nf4 here: bitsandbytes is not installed")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -283,6 +284,17 @@ def test_lists_and_objects_hold_texts_as_they_are_typed():
     run = load_config("prepare", ["data.path=null", "data.dataset_info=~/info", "data.names=[dé (1), b, ~/c]"])
     assert run.data.names == ["dé (1)", "b", "~/c"]
     assert load_config("prepare", [DATA, "data.eval_path={a: dé.jsonl}"]).data.eval_path == {"a": "dé.jsonl"}
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.1\.", "(q|k)_proj", "layers.[0-3]", r"x\(y\)", r"a\\b", "k{2}$", "a:b", r"x\\("])
+def test_regular_expressions_may_be_names_in_an_object(pattern: str):
+    run = load_config("train", [DATA, f"adapter.rank_pattern={{'{pattern}': 4}}"])
+    assert run.adapter.rank_pattern == {pattern: 4}
+
+
+def test_a_name_in_an_object_that_the_command_line_has_no_letter_for_is_told():
+    with pytest.raises(ConfigError, match=r"optimizer\.groups has a name, \^model, with a character .*\\A in place of \^"):
+        load_config("train", [DATA, "optimizer.groups={'^model': {lr_factor: 0.1}}"])
 
 
 @pytest.mark.parametrize(

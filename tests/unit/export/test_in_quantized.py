@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
@@ -213,3 +213,19 @@ def test_what_cannot_be_unpacked_is_named_before_anything_is_written(base, tmp_p
     with pytest.raises(ConfigError, match=said):
         exported(place, tmp_path / "out", "export.into_quantized=true")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_is_refused_before_its_training_and_before_its_weights_are_fetched(chat_rows, tmp_path):
+    base, words = tmp_path / "base", f"export.output_dir={tmp_path / 'out'}"
+    Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_experts=2, moe_intermediate_size=16).save_pretrained(base)
+    train = (
+        f"[train, model=hub, 'model.path={base}', quantization=bnb_nf4, 'data.path={chat_rows}', 'output_dir={tmp_path / 'run'}']"
+    )
+    export = f"[export, 'export.run={tmp_path / 'run'}', '{words}', export.into_quantized=true]"
+    with pytest.raises(ConfigError, match=r"export\.into_quantized must be false for a mixture"):
+        api.chain(load_config("chain", [f"steps={{a: {train}, b: {export}}}"]))
+    given = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (base / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **given}))
+    with pytest.raises(ConfigError, match=r"model\.path must have files whose layers can be unpacked one by one, which experts"):
+        api.export(load_config("export", [f"model.path={base}", words, "export.into_quantized=true"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
