@@ -45,7 +45,7 @@ from raytune_llm.stages import STAGES
 from raytune_llm.train.loop import Learner, one_step
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.strategies import spread
-from raytune_llm.train.strategies.base import Precision, Strategy
+from raytune_llm.train.strategies.base import Strategy, Training
 from raytune_llm.train.window import Window
 
 QWEN2 = {"model_type": "qwen2", "vocab_size": 152064, "rope_theta": 1000000.0, "max_position_embeddings": 32768}
@@ -174,8 +174,7 @@ def quantized(run: TrainRun, config: PretrainedConfig, device: torch.device) -> 
     )
     bring(policy.model, device)
     optimizer = partial(build_optimizer, run.optimizer, lr_factor=policy.adapters.lr_factor)
-    precision = Precision(torch.bfloat16)
-    return spread(run.strategy, policy, optimizer, device=device, precision=precision, max_grad_norm=run.train.max_grad_norm)
+    return spread(run.strategy, policy, optimizer, Training(device, torch.bfloat16, run.train.max_grad_norm))
 
 
 def ours(case: Case, *, steps: int, tiny: bool, device: torch.device) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from raytune_llm.config.optimizer import TrainedShape
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.optimizers.groups import trained_in
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.ddp import DDPStrategy
 
 SMOLLM2 = LlamaConfig(
@@ -78,10 +78,7 @@ def gradients(*, layerwise: bool) -> float:
     strategy = DDPStrategy(
         policy,
         partial(build_optimizer, settings),
-        device=torch.device("cpu"),
-        precision=Precision(torch.float32),
-        max_grad_norm=None,
-        layerwise=layerwise,
+        Training(torch.device("cpu"), torch.float32, max_grad_norm=None, layerwise=layerwise),
     )
     strategy.backward(policy.base(torch.arange(16)[None]).logits.logsumexp(-1).mean(), settings.lr)
     strategy.step(settings.lr)

@@ -44,7 +44,7 @@ from raytune_llm.train import loop, together
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.optimizers import optimizer_of
 from raytune_llm.train.progress import Progress
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.in_bank import InBank
 from raytune_llm.train.window import Window
 
@@ -116,9 +116,7 @@ def in_one_pass(run: TrainRun, step: Step, trials: int, device: torch.device) ->
             pass_,
             OneOfSeveral(pass_, f"trial{number}", None),
             partial(optimizer_of, run.optimizer, fused=True),
-            device=device,
-            precision=Precision(policy.compute),
-            max_grad_norm=run.train.max_grad_norm,
+            Training(device, policy.compute, run.train.max_grad_norm),
         )
         members.append(
             together.Member(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,12 @@ class Group:
 
     def run(self, run: TrainRun, store: str, eval_store: str | None = None, *, stop_after: int | None = None) -> list[Any]:
         """stop_after: all workers fall over after that step, before anything is made of it."""
+        return self.call(partial(_work, run, store, eval_store, stop_after))
+
+    def call(self, job: Callable[[torch.device], Any]) -> list[Any]:
+        """What a function that the workers can import gives on each rank."""
         for jobs in self.jobs:
-            jobs.put((run, (store, eval_store), stop_after))
+            jobs.put(job)
         answers: dict[int, Any] = {}
         while len(answers) < len(self.processes):
             rank, answer = self.results.get(timeout=120)
@@ -64,18 +70,21 @@ def _serve(rank: int, world: int, port: int, device_type: str, jobs: Any, result
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(COLLECTIVES[device.type], store=TCPStore("127.0.0.1", port), rank=rank, world_size=world)
-    from raytune_llm.runs.worker import work
-
     while (job := jobs.get()) is not None:
-        run, stores, stop_after = job
         try:
-            outcome: Any = work(run, *stores, device=device, on_step=power_cut_at(stop_after))
+            outcome: Any = job(device)
         except PowerCut:
             outcome = None
         except BaseException:
             outcome = traceback.format_exc()
         results.put((rank, outcome))
     torch.distributed.destroy_process_group()
+
+
+def _work(run: TrainRun, store: str, eval_store: str | None, stop_after: int | None, device: torch.device) -> Any:
+    from raytune_llm.runs.worker import work
+
+    return work(run, store, eval_store, device=device, on_step=power_cut_at(stop_after))
 
 
 def metrics(output_dir: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from raytune_llm.config.adapter import NoAdapter
-from raytune_llm.config.optimizer import OptimizerConfig
+from raytune_llm.config.optimizer import GRADIENTS_AT_ONCE, OptimizerConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.section import settings_of
@@ -147,8 +147,8 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     )
     states = states_of(needs.parameters)
     if needs.optimizer.layerwise:
-        largest = max((one.numel for one in needs.parameters.trained_shapes), default=0)
-        states = replace(states, gradients=min(states.gradients, FP32 * largest))
+        sizes = sorted((one.numel for one in needs.parameters.trained_shapes), reverse=True)
+        states = replace(states, gradients=min(states.gradients, FP32 * sum(sizes[:GRADIENTS_AT_ONCE])))
     quantization = quantization_of(needs.quantization)
     saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization)
     saved = round(saved * needs.strategy.weights_share(needs.world_size))

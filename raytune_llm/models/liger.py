@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError, ResourceError
-from raytune_llm.models.adapters.grouped import ATTENTIONS, MLPS, SILU, GroupedAttention
+from raytune_llm.models.adapters.grouped import ATTENTIONS, MLPS, SILU, GroupedAttention, InPlaceOf
 
 NORMS = {f"{family}RMSNorm": (0.0, "llama") for family in ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")}
 NORMS |= {f"{family}RMSNorm": (1.0, "gemma") for family in ("Gemma", "Gemma2", "Gemma3")}
@@ -72,18 +72,12 @@ class LigerNorm(nn.Module):
         return LigerRMSNormFunction.apply(hidden_states, self.weight, self.eps, self.offset, self.casting, False)
 
 
-class LigerMLP(nn.Module):
+class LigerMLP(InPlaceOf):
     """down_proj(silu(gate_proj(x)) * up_proj(x))"""
 
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        for name, child in mlp.named_children():
-            self.add_module(name, child)
-        self.train(mlp.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         from liger_kernel.ops import LigerSiLUMulFunction

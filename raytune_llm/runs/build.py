@@ -34,7 +34,7 @@ from raytune_llm.packaged import cache_dir
 from raytune_llm.stages import STAGES
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.strategies import FIRST_LOADS, READS_FILES, spread
-from raytune_llm.train.strategies.base import Precision, Strategy
+from raytune_llm.train.strategies.base import Strategy, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +105,9 @@ class Builder:
     def build(self) -> Built:
         policy, counted, choices = self.policy()
         run = self.run
-        strategy = spread(
-            run.strategy,
-            policy,
-            partial(build_optimizer, run.optimizer, lr_factor=policy.adapters.lr_factor),
-            device=self.device,
-            precision=Precision(policy.compute),
-            max_grad_norm=run.train.max_grad_norm,
-            layerwise=run.optimizer.layerwise,
-        )
+        build = partial(build_optimizer, run.optimizer, lr_factor=policy.adapters.lr_factor)
+        training = Training(self.device, policy.compute, run.train.max_grad_norm, layerwise=run.optimizer.layerwise)
+        strategy = spread(run.strategy, policy, build, training)
         return Built(policy=policy, strategy=strategy, operations=counted, choices=choices)
 
     def policy(self) -> tuple[Policy, Operations, tuple[str, ...]]:

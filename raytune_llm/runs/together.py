@@ -33,7 +33,7 @@ from raytune_llm.runs.workspace import Workspace
 from raytune_llm.train import together
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.optimizers import optimizer_of
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.in_bank import InBank
 from raytune_llm.train.together import Member
 from raytune_llm.train.window import Window
@@ -219,9 +219,7 @@ class _One:
             self.pass_,
             OneOfSeveral(self.pass_, self.name, dropout),
             partial(optimizer_of, run.optimizer, fused=True),
-            device=device,
-            precision=Precision(self.pass_.policy.compute),
-            max_grad_norm=run.train.max_grad_norm,
+            Training(device, self.pass_.policy.compute, run.train.max_grad_norm),
         )
         built = Built(
             policy=self.pass_.policy,

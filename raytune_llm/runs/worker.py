@@ -101,6 +101,7 @@ def work(
         paused = settings.pause_step is not None and settings.pause_step <= progress.step < settings.total_steps
         if not paused and not yielded:
             finish(setup, checkpoints, progress, notify)
+    strategy.close()  # a process whose run failed goes with it, at once
     times = Times(began=began, loaded=loaded, trained=trained, in_training_s=recorder.save_s)
     return train_outcome(setup, progress, clock, times, paused=paused, yielded=yielded)
 

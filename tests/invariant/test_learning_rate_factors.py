@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from raytune_llm.config.load import load_config
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.train.strategies import spread
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from tests.models import packed, some_rows, tiny_llama
 
 LR, FACTOR = 0.25, 8.0
@@ -33,8 +32,7 @@ def one_step(strategy: str) -> dict[str, Tensor]:
     model = tiny_llama()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     section = load_config("train", ["data.path=rows.jsonl", f"strategy={strategy}"]).strategy
-    settings: dict[str, Any] = {"device": torch.device("cpu"), "precision": Precision(torch.float32), "max_grad_norm": None}
-    trained = spread(section, model, with_faster_head, **settings)
+    trained = spread(section, model, with_faster_head, Training(torch.device("cpu"), torch.float32, max_grad_norm=None))
     batch = packed(some_rows([9, 20, 14]))
     with trained.accumulate(last=True):
         trained.backward(trained.model(batch, cross_entropy).mean(), LR)

@@ -151,6 +151,18 @@ def test_two_workers_give_the_numbers_of_one(
     assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
 
 
+def test_the_first_step_of_a_partitioned_model_has_the_weights_that_the_reference_was_computed_with(
+    rows: dict[str, str], two_workers: Group, tmp_path: Path
+) -> None:
+    """One pass alone was before it: DeepSpeed fetches ahead from the second one on."""
+    chosen = load_config("train", ["strategy=zero3", "data.path=x"])
+    few = ("data.max_samples=2", "data.eval_fraction=0", "train.global_batch_size=2")
+    run = stage_run(rows, tmp_path / "cache", tmp_path / "run", "dpo", *few)
+    store = prepare(run.model, run.data, run.resources, kind=run.stage.kind).store
+    two_workers.run(replace(run, strategy=chosen.strategy, resources=chosen.resources), str(store.folder))
+    assert losses(run)[0] == pytest.approx(math.log(2), rel=1e-5)
+
+
 def test_partitioned_models_have_no_reference_in_each_step(rows: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stage\.reference must be precomputed"):
         stage_run(rows, tmp_path, tmp_path, "dpo", "strategy=zero3", "resources=local", "stage.reference=online")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from itertools import product
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
@@ -77,11 +80,23 @@ def elsewhere(plain: TrainRun, folder: Path, *, strategy: str = "ddp", micro: in
     )
 
 
+def left_in_process(device: torch.device) -> tuple[bool, int]:
+    """Whether torch's linear layers are its own, and how many values parameters have."""
+    gc.collect()
+    own = F.linear is torch._C._nn.linear
+    return own, sum(one.numel() for one in gc.get_objects() if issubclass(type(one), nn.Parameter))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_workers_give_the_numbers_of_one(strategy: str, plain: TrainRun, two_workers: Group, tmp_path: Path) -> None:
+def test_two_workers_give_the_numbers_of_one_and_keep_nothing_of_a_run(
+    strategy: str, plain: TrainRun, two_workers: Group, tmp_path: Path
+) -> None:
     run = elsewhere(plain, tmp_path, strategy=strategy, micro=2)
+    before = two_workers.call(left_in_process)
     two_workers.run(run, str(prepare(plain.model, plain.data, plain.resources).store.folder))
     assert_same_run(plain, run)
+    for (_, values), (own, left) in zip(before, two_workers.call(left_in_process), strict=True):
+        assert own and left <= values
 
 
 IN_BITS = [("bnb_nf4", "ddp"), ("bnb_nf4", "fsdp"), ("bnb_int8", "fsdp"), ("bnb_int8", "zero1"), ("bnb_nf4", "zero2")]

@@ -19,7 +19,7 @@ from raytune_llm.models.build import build_policy, run_config
 from raytune_llm.models.load import load_model
 from raytune_llm.runs.worker import restore
 from raytune_llm.train.checkpoint import Checkpoints
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.ddp import DDPStrategy
 from tests.group import Group
 from tests.models import logits, packed
@@ -35,9 +35,7 @@ def in_memory_logits(run: TrainRun, ids: torch.Tensor) -> torch.Tensor:
     strategy = DDPStrategy(
         policy,
         lambda model, fused: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused),
-        device=cpu,
-        precision=Precision(torch.float32),
-        max_grad_norm=None,
+        Training(cpu, torch.float32, max_grad_norm=None),
     )
     restore(Checkpoints(Path(run.output_dir) / "checkpoints", keep=1, asynchronous=False), strategy)
     row = (ids.numpy(), torch.tensor([0, len(ids)]).numpy())

@@ -124,6 +124,7 @@ def put_lengths(model: nn.Module, key: str) -> None:
     """Replace PEFT's DoRA layers of linear layers by `Lengths`; those of embeddings stay."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and key in module.lora_magnitude_vector:
+            module.reads_weights = True
             theirs = module.lora_magnitude_vector[key]
             is_plain = type(module.get_base_layer()) in (nn.Linear, Conv1D)
             if type(theirs) is DoraLinearLayer and is_plain:

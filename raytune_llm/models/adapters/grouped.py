@@ -95,10 +95,21 @@ def lacks_for_gated(gate: nn.Module, up: nn.Module, down: nn.Module, activation:
     return "biases" if any(layer.base_layer.bias is not None for layer in layers) else None
 
 
-class GroupedAttention(nn.Module):
+class InPlaceOf(nn.Module):
+    """Replaces a module, and has its children under the same names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        self.train(module.training)
+
+
+class GroupedAttention(InPlaceOf):
     """The attention of the classes in ATTENTIONS, with q, k and v computed together."""
 
     SHARE_AN_INPUT = ("q_proj", "k_proj", "v_proj")
+    reads_weights = True
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -107,9 +118,7 @@ class GroupedAttention(nn.Module):
     k_norm: nn.Module
 
     def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        for name, child in attention.named_children():
-            self.add_module(name, child)
+        super().__init__(attention)
         self.config: Any = attention.config
         self.layer_idx: Any = attention.layer_idx
         self.head_dim: Any = attention.head_dim
@@ -121,7 +130,6 @@ class GroupedAttention(nn.Module):
         self.norms_heads = "q_norm" in self._modules
         self.sliding_window: int | None = _sliding_window(attention)
         self.rotate: Callable[..., tuple[Tensor, Tensor]] = apply_rotary_pos_emb
-        self.train(attention.training)
 
     def forward(
         self,
@@ -157,20 +165,15 @@ class GroupedAttention(nn.Module):
         return out, weights
 
 
-class GroupedMLP(nn.Module):
+class GroupedMLP(InPlaceOf):
     """The gated MLP of the classes in MLPS, with gate and up computed together."""
 
     SHARE_AN_INPUT = ("gate_proj", "up_proj")
+    reads_weights = True
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
     act_fn: nn.Module
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        for name, child in mlp.named_children():
-            self.add_module(name, child)
-        self.train(mlp.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)

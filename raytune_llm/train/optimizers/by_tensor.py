@@ -27,6 +27,11 @@ class ByTensor(torch.optim.Optimizer):
     """An update needs the whole tensor. Sharded tensors are then gathered one at a time, and every worker computes the update.
     State of the tensor's shape stays sharded; other state is complete on every worker."""
 
+    def __init__(self, groups: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+        every = (parameter for group in self.param_groups for parameter in group["params"])
+        self._numbers: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(every)}
+
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: dict[str, Any]) -> Layout:
         raise NotImplementedError
 
@@ -50,12 +55,11 @@ class ByTensor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
+                number = self._numbers.setdefault(parameter, len(self._numbers))  # a strategy may have put its own there
                 if parameter.grad is not None:
                     self._step_one(parameter, group, number)
-                number += 1
 
     def _step_one(self, parameter: Any, group: dict[str, Any], number: int) -> None:
         state: Any = self.state[parameter]

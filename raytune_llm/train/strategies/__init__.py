@@ -9,7 +9,7 @@ import torch
 from raytune_llm.config.section import settings_of
 from raytune_llm.config.strategy import StrategyConfig
 from raytune_llm.models.policy import Policy
-from raytune_llm.train.strategies.base import Precision, Strategy
+from raytune_llm.train.strategies.base import Strategy, Training
 
 BuildOptimizer = Callable[..., torch.optim.Optimizer]
 
@@ -40,23 +40,6 @@ FIRST_LOADS = {"ddp": False, "fsdp": True, "deepspeed": False}
 """Whether otherwise only rank 0 loads the weights and sends the others their shards."""
 
 
-def spread(
-    strategy: StrategyConfig,
-    model: Policy,
-    build_optimizer: BuildOptimizer,
-    *,
-    device: torch.device,
-    precision: Precision,
-    max_grad_norm: float | None,
-    layerwise: bool = False,
-) -> Strategy:
-    """Build the strategy around a model. layerwise: tensors step within the backward pass."""
-    return STRATEGIES[strategy.name](
-        model,
-        build_optimizer,
-        device=device,
-        precision=precision,
-        max_grad_norm=max_grad_norm,
-        layerwise=layerwise,
-        **settings_of(strategy),
-    )
+def spread(strategy: StrategyConfig, model: Policy, build_optimizer: BuildOptimizer, training: Training) -> Strategy:
+    """Build the strategy around a model."""
+    return STRATEGIES[strategy.name](model, build_optimizer, training, **settings_of(strategy))

@@ -14,10 +14,15 @@ from raytune_llm.models.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
-class Precision:
-    """Frozen weights are kept in `compute`, trained ones in float32; matrix products run in `compute`."""
+class Training:
+    """How a run trains, whatever its strategy."""
 
+    device: torch.device
     compute: torch.dtype
+    """Matrix products run in it, and frozen weights are kept in it; trained ones are in float32."""
+    max_grad_norm: float | None
+    layerwise: bool = False
+    """Tensors step within the backward pass."""
 
     @property
     def scales_loss(self) -> bool:
@@ -92,6 +97,10 @@ class Strategy(Protocol):
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Every trained parameter in full, as it is to be saved: on the CPU, in float32 or its own type. frozen: all others too.
         All workers must iterate together."""
+        ...
+
+    def close(self) -> None:
+        """Restore the process for a following run. The model is not used afterwards."""
         ...
 
 

@@ -4,13 +4,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytune_llm.models.policy import Policy
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.layerwise import check_accumulates
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
@@ -20,29 +19,12 @@ class DDPStrategy(OwnOptimizer):
 
     sharded = False
 
-    def __init__(
-        self,
-        model: Policy,
-        build_optimizer: Any,
-        *,
-        device: torch.device,
-        precision: Precision,
-        max_grad_norm: float | None,
-        layerwise: bool = False,
-    ) -> None:
+    def __init__(self, model: Policy, build_optimizer: Any, training: Training) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
-        self.model: nn.Module = model.to(device)
-        super().__init__(
-            self.model,
-            build_optimizer,
-            world=world,
-            device=device,
-            precision=precision,
-            max_grad_norm=max_grad_norm,
-            layerwise=layerwise,
-            meet=partial(_average, world=world) if world > 1 else None,
-        )
-        if world > 1 and not layerwise:  # DDP's buckets would hold all gradients until the last one is complete
+        self.model: nn.Module = model.to(training.device)
+        meet = partial(_average, world=world) if world > 1 else None
+        super().__init__(self.model, build_optimizer, training, world=world, meet=meet)
+        if world > 1 and not training.layerwise:  # DDP's buckets would hold all gradients until the last one is complete
             # Every worker has loaded frozen weights by itself; quantized ones are buffers, which DDP would send in every pass.
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
             buffers = [name for name, _ in model.named_buffers()]

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.models.layers import layers
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.stored import bring
 from raytune_llm.train.optimizers.groups import set_learning_rate
-from raytune_llm.train.strategies.base import Precision, StepOut, trained
+from raytune_llm.train.strategies.base import StepOut, Training, trained
+
+LINEAR = nn.functional.linear
+"""Torch's function. DeepSpeed replaces it in stage 3, and does not restore it."""
 
 
 class DeepSpeedStrategy:
@@ -26,23 +29,13 @@ class DeepSpeedStrategy:
     device once per step.
     """
 
-    def __init__(
-        self,
-        model: Policy,
-        build_optimizer: Any,
-        *,
-        device: torch.device,
-        precision: Precision,
-        max_grad_norm: float | None,
-        layerwise: bool = False,
-        stage: int,
-        offload: bool,
-    ) -> None:
-        assert not layerwise, "config/rules.py refuses it"
+    def __init__(self, model: Policy, build_optimizer: Any, training: Training, *, stage: int, offload: bool) -> None:
+        assert not training.layerwise, "config/rules.py refuses it"
         try:
             import deepspeed
         except ImportError:
             raise ResourceError("strategy=zero needs DeepSpeed", "Install it: pip install 'raytune-llm[deepspeed]'.") from None
+        device, compute = training.device, training.compute
         if device.type == "cpu":
             # DeepSpeed would compile an op for all-reduce through shared memory at this point; gloo suffices.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
@@ -58,27 +51,29 @@ class DeepSpeedStrategy:
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # ours is the loader's; DeepSpeed only divides by this value
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm or 0.0,
+            "gradient_clipping": training.max_grad_norm or 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": precision.compute == torch.bfloat16},
-            "fp16": {"enabled": precision.compute == torch.float16},
+            "bf16": {"enabled": compute == torch.bfloat16},
+            "fp16": {"enabled": compute == torch.float16},
             "steps_per_print": 10**9,
         }
-        optimizer = build_optimizer(model, fused=False)  # by shapes, which partitioned weights do not have
+        optimizer = build_optimizer(model.model, fused=False)  # by shapes, which partitioned weights do not have
         read: dict[Any, Any] = {}
         for unit in (*layers(model), model) if stage == 3 else (model,):
             read |= bring(unit, device)
             if stage == 3:
                 # One unit at a time, so that no worker holds more than its shards and one unit.
                 for parameter in unit.parameters():
-                    parameter.data = parameter.data.to(precision.compute)  # its one type; buffers keep theirs
+                    parameter.data = parameter.data.to(compute)  # its one type; buffers keep theirs
                 deepspeed.zero.Init(module=unit, config_dict_or_path=settings)
         for group in optimizer.param_groups:
             group["params"] = [read.get(parameter, parameter) for parameter in group["params"]]
         # DeepSpeed casts the module to one type; frozen weights of other types must keep theirs.
         engine, ds_optimizer, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
+        if stage == 3:
+            _fetch_for_readers(model)
         self.engine: Any = engine
         self.zero: Any = ds_optimizer
         self.model = self.engine
@@ -154,6 +149,17 @@ class DeepSpeedStrategy:
                     whole = parameter.detach().cpu().clone()
                 yield name, whole
 
+    def close(self) -> None:
+        """DeepSpeed never releases an engine's modules in this process, so their weights are released here."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        self.engine.destroy()
+        nn.functional.linear = LINEAR
+        FWD_MODULE_STACK.clear()
+        if self.stage == 3:
+            for parameter in self.module.parameters():
+                parameter.data, parameter.ds_tensor = parameter.data.new_empty(0), None  # type: ignore[attr-defined]
+
     @property
     def _inner(self) -> torch.optim.Optimizer:
         return self.zero.optimizer
@@ -171,6 +177,19 @@ class DeepSpeedStrategy:
     def _state_keys(self) -> dict[str, Tensor]:
         """The inner optimizer's state of the first flat parameter; empty before its first step."""
         return dict(self._inner.state.get(self._flat_parameters()[0], {}))
+
+
+def _fetch_for_readers(model: Policy) -> None:
+    """Register weights that a module reads without calling their layers, so that DeepSpeed gathers them before the module runs.
+    DeepSpeed also finds such weights when they are read, but not while it is prefetching them, as it does after a pass that called
+    the layers (the reference, without the adapter).
+    """
+    import deepspeed
+
+    for module in model.modules():
+        if getattr(module, "reads_weights", False):
+            for parameter in module.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _whole(value: Tensor | None, parameter: Any) -> Tensor:

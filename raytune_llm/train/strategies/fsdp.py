@@ -18,7 +18,7 @@ from raytune_llm.models.layers import layers
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.quantization import QuantizedLinear
 from raytune_llm.models.stored import Stored
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.layerwise import check_accumulates
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
@@ -38,21 +38,19 @@ class FSDPStrategy(OwnOptimizer):
         self,
         model: Policy,
         build_optimizer: Any,
+        training: Training,
         *,
-        device: torch.device,
-        precision: Precision,
-        max_grad_norm: float | None,
-        layerwise: bool = False,
         reshard: str,
         shard_workers: int | str,
         prefetch: int,
         offload: bool,
     ) -> None:
+        device = training.device
         if offload and device.type == "cpu":
             raise ConfigError("strategy.offload", "must be false without a GPU, where everything is in host memory", got=True)
         world = dist.get_world_size()
         mesh = _mesh(device.type, world, world if shard_workers == "all" else int(shard_workers))
-        mixed = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(param_dtype=training.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         settings: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": mixed,
@@ -74,15 +72,7 @@ class FSDPStrategy(OwnOptimizer):
                 unit.set_modules_to_backward_prefetch(units[max(number - prefetch, 0) : number][::-1])
         self.model: Any = model
         self.units: list[Any] = [*units, model]
-        super().__init__(
-            model,
-            build_optimizer,
-            world=world,
-            device=device,
-            precision=precision,
-            max_grad_norm=max_grad_norm,
-            layerwise=layerwise,
-        )
+        super().__init__(model, build_optimizer, training, world=world)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raytune_llm.models.policy import Policy
 from raytune_llm.models.shared_pass import OneOfSeveral, SharedPass
 from raytune_llm.train.optimizers.groups import Trained
-from raytune_llm.train.strategies.base import Precision, StepOut
+from raytune_llm.train.strategies.base import StepOut, Training
 from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
 from raytune_llm.train.strategies.own_optimizer import load_optimizer_state, optimizer_state
 
@@ -31,17 +31,14 @@ class InBank:
         pass_: SharedPass,
         model: OneOfSeveral,
         build_optimizer: Callable[[Sequence[Trained]], torch.optim.Optimizer],
-        *,
-        device: torch.device,
-        precision: Precision,
-        max_grad_norm: float | None,
+        training: Training,
     ) -> None:
         self.model, self.module = model, pass_.policy
-        self._bank, self._max_grad_norm = pass_.bank, max_grad_norm
+        self._bank, self._max_grad_norm = pass_.bank, training.max_grad_norm
         self._named = {name: nn.Parameter(value) for name, value in self._bank.part(model.name).items()}
         trained = [Trained(name, parameter, _layer(name)) for name, parameter in self._named.items()]
         self.optimizer = build_optimizer(trained)
-        self._scale = LossScale(device, enabled=precision.scales_loss)
+        self._scale = LossScale(training.device, enabled=training.scales_loss)
         self.losses: list[Tensor] = []
         """The losses of this step, which wait for the backward pass that is shared with other runs."""
 
@@ -82,6 +79,9 @@ class InBank:
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._pairs:
             yield name, parameter.detach().cpu().contiguous()
+
+    def close(self) -> None:
+        pass
 
     @property
     def _pairs(self) -> list[tuple[str, nn.Parameter]]:

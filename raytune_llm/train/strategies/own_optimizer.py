@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from raytune_llm.models.policy import Policy
 from raytune_llm.train.optimizers.by_tensor import ByTensor
-from raytune_llm.train.strategies.base import Precision, StepOut, trained
+from raytune_llm.train.strategies.base import StepOut, Training, trained
 from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
 from raytune_llm.train.strategies.layerwise import Layerwise
 
@@ -24,22 +24,18 @@ class OwnOptimizer:
         self,
         module: Policy,
         build_optimizer: Any,
+        training: Training,
         *,
         world: int,
-        device: torch.device,
-        precision: Precision,
-        max_grad_norm: float | None,
-        layerwise: bool,
         meet: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """layerwise: tensors step within the backward pass. meet: averages a gradient over workers before its tensor steps, if
-        nothing else has averaged it by then."""
+        """meet: averages a gradient over workers before its tensor steps, if nothing else has averaged it by then."""
         self.module, self.world = module, world
-        self.optimizer = build_optimizer(module, fused=True)
-        self.max_grad_norm = max_grad_norm
-        self.scale = LossScale(device, enabled=precision.scales_loss)
+        self.optimizer = build_optimizer(module.model, fused=True)  # names there are those that were checked before
+        self.max_grad_norm = training.max_grad_norm
+        self.scale = LossScale(training.device, enabled=training.scales_loss)
         parameters = (parameter for _, parameter in trained(module))
-        self.layerwise = Layerwise(self.optimizer, parameters, device, meet) if layerwise else None
+        self.layerwise = Layerwise(self.optimizer, parameters, training.device, meet) if training.layerwise else None
 
     def backward(self, loss: Tensor, lr: float) -> None:
         if self.layerwise is not None:
@@ -65,6 +61,9 @@ class OwnOptimizer:
             for name, parameter in trained(self.module, frozen=frozen):
                 whole = parameter.detach()
                 yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).to("cpu", copy=True)
+
+    def close(self) -> None:
+        pass
 
 
 Named = Sequence[tuple[str, nn.Parameter]]

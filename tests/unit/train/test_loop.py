@@ -22,7 +22,7 @@ from raytune_llm.stages import Objective
 from raytune_llm.train import loop
 from raytune_llm.train.clock import Clock
 from raytune_llm.train.progress import Progress
-from raytune_llm.train.strategies.base import Precision
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.ddp import DDPStrategy
 from tests.models import some_rows, tiny_llama
 from tests.steps import make_store, objective_of
@@ -73,9 +73,7 @@ def learner_of(objective: Objective | None = None, enrichers: Any = ()) -> loop.
     strategy = DDPStrategy(
         tiny_llama(),
         lambda model, fused: torch.optim.AdamW(model.parameters(), fused=fused),
-        device=CPU,
-        precision=Precision(torch.float32),
-        max_grad_norm=1.0,
+        Training(CPU, torch.float32, max_grad_norm=1.0),
     )
     return loop.Learner(strategy=strategy, objective=objective or objective_of("stage=sft"), device=CPU, enrichers=enrichers)
 

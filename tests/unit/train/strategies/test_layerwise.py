@@ -14,7 +14,7 @@ from raytune_llm.config.optimizer import TrainedShape
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.train.optimizers import build_optimizer
-from raytune_llm.train.strategies.base import Precision, StepOut
+from raytune_llm.train.strategies.base import StepOut, Training
 from raytune_llm.train.strategies.ddp import DDPStrategy
 from tests.models import packed, some_rows, tiny_llama
 
@@ -41,9 +41,8 @@ def strategy_of(name: str, *, layerwise: bool) -> DDPStrategy:
     section = load_config("train", ["data.path=x", optimizer, "optimizer.lr=1e-2", *OPTIMIZERS[name]]).optimizer
     policy = tiny_llama()
     policy.requires_grad_(True)
-    precision = Precision(torch.float32)
     build: Any = partial(build_optimizer, section)
-    return DDPStrategy(policy, build, device=CPU, precision=precision, max_grad_norm=None, layerwise=layerwise)
+    return DDPStrategy(policy, build, Training(CPU, torch.float32, max_grad_norm=None, layerwise=layerwise))
 
 
 def one_step(strategy: DDPStrategy, number: int) -> StepOut:
@@ -65,6 +64,31 @@ def test_steps_and_state_are_those_of_the_plain_update(name: str) -> None:
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
     assert any(key.startswith("optimizer.") for key in found)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "apollo", "muon", "sgd"])
+def test_steps_that_wait_for_the_next_gradients_are_the_same(name: str) -> None:
+    """As on a GPU."""
+    plain, layerwise = (strategy_of(name, layerwise=way) for way in (False, True))
+    assert layerwise.layerwise is not None
+    layerwise.layerwise.behind = 2
+    for number in range(2):
+        one_step(plain, number)
+        assert not one_step(layerwise, number).skipped
+        assert all(parameter.grad is None for parameter in layerwise.module.parameters())
+    found = layerwise.state()
+    for key, value in plain.state().items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "muon", "sgd"])
+def test_a_step_of_one_tensor_goes_through_no_other(name: str) -> None:
+    strategy, sizes = strategy_of(name, layerwise=True), list[int]()
+    strategy.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: sizes.append(sum(len(group["params"]) for group in optimizer.param_groups))
+    )
+    one_step(strategy, 0)
+    assert sizes == [1] * len(list(strategy.module.parameters()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore", "muon"])
@@ -99,8 +123,11 @@ def test_no_more_than_one_gradient_is_there_at_once() -> None:
     assert most(layerwise=False) == len(list(tiny_llama().parameters()))
 
 
-def test_a_gradient_that_is_not_finite_leaves_its_tensor_and_is_told() -> None:
-    strategy = strategy_of("adamw", layerwise=True)
+@pytest.mark.parametrize(("name", "behind"), [("adamw", 0), ("sgd", 0), ("sgd", 2)])
+def test_a_gradient_that_is_not_finite_leaves_its_tensor_and_is_told(name: str, behind: int) -> None:
+    strategy = strategy_of(name, layerwise=True)
+    assert strategy.layerwise is not None
+    strategy.layerwise.behind = behind
     bad: nn.Parameter = strategy.module.get_parameter("model.model.layers.0.mlp.up_proj.weight")
     bad.register_hook(lambda gradient: gradient * float("nan"))
     before = {name: parameter.detach().clone() for name, parameter in strategy.module.named_parameters()}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from raytune_llm.config.load import load_config
+from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.optimizers.adafactor import adafactor
 from raytune_llm.train.optimizers.adam_mini import adam_mini
 from raytune_llm.train.optimizers.adamw import adamw
@@ -22,8 +26,11 @@ from raytune_llm.train.optimizers.lion import lion
 from raytune_llm.train.optimizers.muon import muon
 from raytune_llm.train.optimizers.schedule_free import schedule_free
 from raytune_llm.train.optimizers.sgd import sgd
+from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
+from raytune_llm.train.strategies.ddp import DDPStrategy
 from raytune_llm.train.strategies.own_optimizer import load_optimizer_state, optimizer_state
+from tests.models import tiny_llama
 
 CPU = torch.device("cpu")
 ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
@@ -202,3 +209,13 @@ def test_state_that_is_read_from_a_checkpoint_is_in_pages_again() -> None:
     codes = [state[f"optimizer.w.{name}"] for name in ("exp_avg", "exp_avg_sq")]
     assert [value.data_ptr() for value in codes] == pages.made and all((value == 1).all() for value in codes)
     assert state["optimizer.w.step"].is_cpu and state["optimizer.w.exp_avg_max"].shape == (SMALL // 256,)
+
+
+def test_a_pattern_of_a_group_finds_the_names_that_the_run_was_checked_by() -> None:
+    """Of the model, without what a policy puts before them."""
+    pattern = r"optimizer.groups={'\Amodel[.]layers[.]0[.]': {lr_factor: 0.5}}"
+    build: Any = partial(build_optimizer, load_config("train", ["data.path=x", pattern]).optimizer)
+    policy = tiny_llama().requires_grad_(True)
+    strategy = DDPStrategy(policy, build, Training(CPU, torch.float32, max_grad_norm=None))
+    found = [one for group in strategy.optimizer.param_groups if group["lr_factor"] == 0.5 for one in group["params"]]
+    assert set(found) == set(policy.get_submodule("model.model.layers.0").parameters())
