@@ -37,6 +37,8 @@ ADAPTERS = {
     "vera": ["adapter.rank=64", "optimizer.lr=1e-2"],
     "ia3": ["optimizer.lr=1e-2"],
 }
+LAYERWISE = ("train.max_grad_norm=null", "train.micro_batch_size=8")
+"""Whole steps in one pass, whose gradients are not clipped."""
 OPTIMIZERS = {
     "adamw": ["optimizer.lr=5e-5"],
     "adamw_8bit": ["optimizer.lr=5e-5"],
@@ -51,6 +53,8 @@ OPTIMIZERS = {
     "muon": ["optimizer.lr=1e-3"],
     "schedule_free": ["schedule=constant", "optimizer.lr=1e-4"],
     "sgd": ["optimizer.lr=1e-2"],
+    "lomo": [*LAYERWISE, "optimizer.lr=1e-2"],
+    "adalomo": [*LAYERWISE, "optimizer.lr=5e-4"],
 }
 LR = "optimizer.lr="
 QUANTIZATIONS = dict.fromkeys(("bnb_nf4", "bnb_fp4", "bnb_int8", "hqq"), ADAPTERS["lora"])

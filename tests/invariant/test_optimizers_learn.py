@@ -13,6 +13,7 @@ FOUND = {
     "adamw": (3e-3, 0.955), "adamw_8bit": (3e-3, 0.937), "adamw_bf16": (3e-3, 0.936), "adam_mini": (3e-3, 1.256),
     "adafactor": (3e-3, 0.894), "apollo": (3e-3, 0.937), "apollo_mini": (3e-3, 1.357), "badam": (3e-3, 4.677),
     "galore": (3e-3, 0.937), "lion": (1e-3, 1.476), "muon": (2e-2, 0.476), "schedule_free": (3e-3, 0.82), "sgd": (0.3, 1.451),
+    "lomo": (1.0, 2.595), "adalomo": (1e-2, 1.848),
 }  # fmt: skip
 """The rate, and the mean loss in nats of the last 20 steps; the first is 5.55."""
 BAND = 0.2
