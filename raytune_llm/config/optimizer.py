@@ -12,7 +12,7 @@ from raytune_llm.errors import ConfigError
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FP32, BF16 = 4, 2
 GRADIENTS_AT_ONCE = 3
-"""The maximum with optimizer.layerwise: one that is being completed, and on a GPU those whose steps are delayed (layerwise.py)."""
+"""The maximum with optimizer.layerwise: one that is being computed, and on a GPU those whose steps are delayed."""
 MATRICES = "it needs matrices, and ZeRO flattens them"
 
 

@@ -56,7 +56,7 @@ def norm_of(grads: list[Tensor], device: torch.device) -> Tensor:
 
 
 def skips_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer supports torch.amp's protocol: it scales gradients while reading them, and skips steps on the device."""
+    """Whether the optimizer supports torch.amp's protocol: it scales gradients while reading them, and can skip a step on the GPU."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -85,7 +85,7 @@ def step_unless(
     """Step unless `skipped`, and clear the gradients. shrink: a factor of the gradients. read: gives `skipped` on the host, if it
     was copied there before.
 
-    If the optimizer does not support it, gradients are scaled in place, and the host waits for the device to know whether to step.
+    If the optimizer does not support it, gradients are scaled in place, and the host waits to know whether to step.
     """
     if skips_itself(optimizer):
         # Both must be on the parameters' device.

@@ -181,7 +181,7 @@ class DeepSpeedStrategy:
 
 def _fetch_for_readers(model: Policy) -> None:
     """Register weights that a module reads without calling their layers, so that DeepSpeed gathers them before the module runs.
-    DeepSpeed also finds such weights when they are read, but not while it is prefetching them, as it does after a pass that called
+    DeepSpeed also finds such weights when they are read, but not while it prefetches them, as it does after a pass that called
     the layers (the reference, without the adapter).
     """
     import deepspeed
