@@ -122,9 +122,10 @@ def squares_of(base: QuantizedLinear) -> Tensor:
 
 def put_lengths(model: nn.Module, key: str) -> None:
     """Replace PEFT's DoRA layers of linear layers by `Lengths`; those of embeddings stay."""
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if isinstance(module, LoraLayer) and key in module.lora_magnitude_vector:
-            module.reads_weights = True
+            module.reads_weights = True  # type: ignore[attr-defined]
             theirs = module.lora_magnitude_vector[key]
             is_plain = type(module.get_base_layer()) in (nn.Linear, Conv1D)
             if type(theirs) is DoraLinearLayer and is_plain:

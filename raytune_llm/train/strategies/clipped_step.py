@@ -56,7 +56,7 @@ def norm_of(grads: list[Tensor], device: torch.device) -> Tensor:
 
 
 def skips_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer supports torch.amp's protocol: it scales gradients while reading them, and can skip a step on the GPU."""
+    """Whether the optimizer supports torch.amp's protocol: it scales gradients and skips steps on the device."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
