@@ -15,13 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from raytune_llm.config.optimizer import GRADIENTS_AT_ONCE
 from raytune_llm.errors import ConfigError
 from raytune_llm.train.optimizers.groups import set_learning_rate
 from raytune_llm.train.strategies.base import StepOut
 from raytune_llm.train.strategies.clipped_step import norm_of, sent, skips_itself, step_unless
 
-BEHIND = GRADIENTS_AT_ONCE - 1
+BEHIND = 2
 """Gradients that a GPU completes before the host checks whether an earlier one is finite, so that the GPU never waits."""
 
 

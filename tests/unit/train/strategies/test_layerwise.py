@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from raytune_llm.config.load import load_config
-from raytune_llm.config.optimizer import TrainedShape
+from raytune_llm.config.optimizer import GRADIENTS_AT_ONCE, TrainedShape
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.train.optimizers import build_optimizer
 from raytune_llm.train.strategies.base import StepOut, Training
 from raytune_llm.train.strategies.ddp import DDPStrategy
+from raytune_llm.train.strategies.layerwise import BEHIND
 from tests.models import packed, some_rows, tiny_llama
 
 CPU = torch.device("cpu")
@@ -68,10 +69,11 @@ def test_steps_and_state_are_those_of_the_plain_update(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["adafactor", "apollo", "muon", "sgd"])
 def test_steps_that_wait_for_the_next_gradients_are_the_same(name: str) -> None:
-    """As on a GPU."""
+    """As on a GPU. `plan` counts as many gradients."""
+    assert BEHIND == GRADIENTS_AT_ONCE - 1
     plain, layerwise = (strategy_of(name, layerwise=way) for way in (False, True))
     assert layerwise.layerwise is not None
-    layerwise.layerwise.behind = 2
+    layerwise.layerwise.behind = BEHIND
     for number in range(2):
         one_step(plain, number)
         assert not one_step(layerwise, number).skipped
