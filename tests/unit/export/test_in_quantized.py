@@ -146,7 +146,7 @@ def test_files_of_any_quantizer_are_merged_into_as_what_they_stand_for(writer, t
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not (tmp_path / "out" / "quantize_config.json").exists()
-    assert f"by {told['quant_method']}: what quantization took off" in (tmp_path / "out" / "README.md").read_text()
+    assert f"from its files ({told['quant_method']}), and so include" in (tmp_path / "out" / "README.md").read_text()
 
 
 def load_others(folder: Path, model: Any) -> dict[str, torch.Tensor]:
