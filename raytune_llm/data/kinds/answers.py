@@ -47,8 +47,8 @@ def check_media(conversation: Conversation) -> None:
     for column, values in (("images", media.images), ("videos", media.videos), ("audios", media.audios)):
         if values:
             raise RefusedRow(
-                f"the row has {column}, which are not trained on yet",
-                f"Set data.format.{column}=null to train on its text alone.",
+                f"the row has {column}, which are not read yet",
+                f"Set data.format.{column}=null to use its text alone.",
             )
 
 
