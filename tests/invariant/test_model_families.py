@@ -96,7 +96,7 @@ IN_LINES = {
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 4, "num_hidden_layers": 3},
     "rwkv": {}, "stablelm": {}, "xglm": {},
 }  # fmt: skip
-"""Architectures that compute a row in a line for itself, and what makes a small one of them."""
+"""Architectures that train unpacked, and the settings of a small one."""
 NOT_KEPT_APART = {
     "in a way of their own": "openai-gpt bart biogpt",
     "layers of the kind": "zamba2 lfm3 deepseek_v32 kimi_linear",
@@ -243,7 +243,7 @@ def test_a_row_in_a_line_for_itself_gets_what_transformers_gives_the_row_alone(m
     """Its adapter's tensors all get a gradient."""
     config = small(model_type)
     model, choice = build_policy(config, RANDOM, lora_section(), **SETTINGS)
-    assert isinstance(model, CausalLM) and "a row in a line for itself" in choice
+    assert isinstance(model, CausalLM) and "with unpacked rows" in choice
     operations(model, config)
     model, rows = model.eval(), some_rows([7, 12, 9])
     batch = collate([[row] for row in rows], length=16, pad_id=0)

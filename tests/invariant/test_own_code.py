@@ -1,4 +1,4 @@
-"""Models that come with their own code: a row a line where the code computes attention, and said loudly."""
+"""Models that come with their own code: unpacked if the code computes attention, and with a warning."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_row_in_a_line_for_itself_gets_what_the_code_gives_the_row_alone(folde
     config = load_config(str(folder), {}, trust_remote_code=True)
     settings = {"compute": torch.float32, "seed": 0, "device": torch.device("cpu")}
     model, choice = build_policy(config, section, lora_section(), **settings)
-    assert isinstance(model, CausalLM) and "a row in a line for itself" in choice
+    assert isinstance(model, CausalLM) and "with unpacked rows" in choice
     model, rows = model.eval(), some_rows([7, 12, 9])
     batch = collate([[row] for row in rows], length=16, pad_id=0)
     whole = plain(folder)

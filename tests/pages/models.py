@@ -55,7 +55,7 @@ HEAD = """\
 Whether a model can be trained depends on its architecture (the `model_type` of its `config.json`), not on this list.
 
 - `in packs` means `data.packing=true`, the default.
-- `a row a line` means that the model needs `data.packing=false`. Its layers carry a state from token to token, or compute
+- `unpacked` means that the model needs `data.packing=false`. Its layers carry a state from token to token, or compute
   attention in their own way, so they would mix the rows of a pack. Each row then has its own row of the batch, with padding at
   its end, and transformers' own layers compute it. Such a model generates with `engine=hf`.
 
@@ -128,4 +128,4 @@ def trained(model_type: str) -> str:
         check_isolation(config, known)
     except ConfigError as error:
         return f"no: {NOT_TRAINED.get(model_type) or error.rule.rpartition(': ')[2]}"
-    return "a row a line" if needs_lines(config, known) else "in packs"
+    return "unpacked" if needs_lines(config, known) else "in packs"

@@ -140,7 +140,7 @@ def _flash4_lacks(case: Case) -> str | None:
     if case.capability[0] not in (9, 10):
         return "FlashAttention 4 needs a Hopper or Blackwell GPU (compute capability 9 or 10)"
     if case.capability[0] == 10 and case.head > 128:
-        return f"FlashAttention 4 takes heads of at most 128 numbers on this GPU, these have {case.head}"
+        return f"FlashAttention 4 needs a head_dim of at most 128 on this GPU, this model has {case.head}"
     return _flash_lacks(case, name="FlashAttention 4") or _import_lacks("flash-attn-4", "flash_attn.cute")
 
 
@@ -177,10 +177,10 @@ LACKS: dict[str, Callable[[Case], str | None]] = {
 """Back end -> function that returns why it can't be used, or None."""
 WHAT = {
     ("flash3", "cuda"): "FlashAttention 3 is installed",
-    ("varlen", "cuda"): "torch's own FlashAttention over document boundaries",
-    ("varlen", "cpu"): "a document at a time, on the CPU",
-    ("flex", "cuda"): "blocks of a mask",
-    ("sdpa", "cuda"): "a mask of every pair of positions",
+    ("varlen", "cuda"): "torch's FlashAttention over document boundaries",
+    ("varlen", "cpu"): "one document after another, on the CPU",
+    ("flex", "cuda"): "with a block mask",
+    ("sdpa", "cuda"): "with a full mask",
 }
 
 
@@ -204,11 +204,11 @@ def own_layers(asked: str, config: PretrainedConfig) -> tuple[str, str]:
     if asked != "auto":
         raise ConfigError(
             "model.attention",
-            f"must be auto for {config.model_type}, whose own layers compute a row in a line for itself",
+            f"must be auto for {config.model_type}, which runs with transformers' own layers and unpacked rows",
             got=asked,
             fix="Set model.attention=auto.",
         )
-    return "transformers", f"the own layers of {config.model_type}, a row in a line for itself"
+    return "transformers", f"{config.model_type}'s own layers, with unpacked rows"
 
 
 def _order(case: Case) -> tuple[str, ...]:
@@ -280,10 +280,10 @@ def check_groups(config: PretrainedConfig, group_tokens: int, max_length: int) -
     """Raises ConfigError if S2 attention would have no effect, or if the model has layers other than full attention."""
     setting = "model.shift_attn_tokens"
     if not attends_to_all(config):
-        rule = f"must be null for {config.model_type}: not each of its layers attends to all that came before"
+        rule = f"must be null for {config.model_type}: not all of its layers have full attention"
         raise ConfigError(setting, rule, got=group_tokens, fix="Leave it out.")
     if group_tokens >= max_length:
-        rule = f"must be below data.max_length, which is {max_length}: a row would be one group"
+        rule = f"must be below data.max_length, which is {max_length}, or each row would be one group"
         raise ConfigError(setting, rule, got=group_tokens, fix="Set a quarter of data.max_length, or null.")
 
 

@@ -30,7 +30,7 @@ ONE_ROW_A_LINE = (
     "lfm2_moe", "mamba", "mamba2", "minimax", "mpt", "nemotron", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
     "qwen3_next", "recurrent_gemma", "rwkv", "stablelm", "xglm",
 )  # fmt: skip
-"""Architectures, by model_type, that compute a row in a line of its own exactly as by itself, padding after it or not."""
+"""Architectures, by model_type, in which padding after a row does not change the row, so that they can train unpacked."""
 
 
 def check_isolation(config: PretrainedConfig, model_class: type[PreTrainedModel], *, packing: bool = False) -> None:

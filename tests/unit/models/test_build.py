@@ -36,7 +36,7 @@ def test_dropout_of_attention_that_a_model_comes_with_is_said_to_be_left_out(of_
     config = load_config(None, model.config)
     cpu = torch.device("cpu")
     _, choice = build_policy(config, model, NoAdapter(name="none"), compute=torch.float32, seed=0, device=cpu)
-    assert choice == f"attention: varlen (a document at a time, on the CPU{said})"
+    assert choice == f"attention: varlen (one document after another, on the CPU{said})"
 
 
 def test_dropout_of_attention_that_a_user_asks_for_is_refused():

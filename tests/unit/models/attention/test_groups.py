@@ -134,10 +134,10 @@ def test_a_run_says_that_it_trains_in_groups(trains):
 @pytest.mark.parametrize(
     ("of_model", "said"),
     [
-        ({"model_type": "gemma3_text"}, "not each of its layers attends to all"),
-        ({"model_type": "mistral", "sliding_window": 8}, "not each of its layers attends to all"),
-        ({"model_type": "gpt_oss"}, "not each of its layers attends to all"),
-        ({"model_type": "falcon"}, "not each of its layers attends to all"),
+        ({"model_type": "gemma3_text"}, "not all of its layers have full attention"),
+        ({"model_type": "mistral", "sliding_window": 8}, "not all of its layers have full attention"),
+        ({"model_type": "gpt_oss"}, "not all of its layers have full attention"),
+        ({"model_type": "falcon"}, "not all of its layers have full attention"),
         ({"model_type": "llama", "vocab_size": 300}, "must be below data.max_length, which is 16"),
     ],
 )
