@@ -120,6 +120,17 @@ def to_run(verb: str, composed: DictConfig) -> Any:
     return validate(RUNS[verb], cast(dict[str, Any], values))
 
 
+def section_of(composed: Composed, name: str) -> dict[str, Any]:
+    """A section of a composed config as plain values, which nobody has looked at."""
+    found = OmegaConf.to_container(OmegaConf.select(composed, name) or OmegaConf.create({}))
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def choices_of(composed: Composed) -> dict[str, Any]:
+    """Group -> the option that was chosen."""
+    return section_of(composed, "hydra.runtime.choices")
+
+
 def validate(kind: Any, values: dict[str, Any]) -> Any:
     try:
         return validator_of(kind).validate_json(json.dumps(values))

@@ -55,6 +55,8 @@ def _obstacles(run: TrainRun, base: TrainRun) -> Iterator[ConfigError]:
     for setting in ("data.streaming", "train.profile", "model.resize_vocab"):
         if mine.get(setting):
             yield _refused(setting, "must be false", True)
+    if run.tracking.one_a_process:
+        yield _refused("tracking", "must be a service that has several runs in a process", run.tracking.name)
     if run.train.eval_tasks:
         yield _refused("train.eval_tasks", "must be empty", run.train.eval_tasks)
     if mine.get("model.new_tokens"):

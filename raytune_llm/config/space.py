@@ -83,10 +83,6 @@ class Axis:
         """This axis's value in a point: the inverse of `point`."""
         return point[self.settings[0]] if len(self.settings) == 1 else tuple(point[setting] for setting in self.settings)
 
-    def base(self, run: Any) -> Any:
-        """The run's value for this axis (for a group, the name of its option); None if the run has no such setting."""
-        return self.value_in({setting: of_run(run, setting) for setting in self.settings})
-
     @property
     def name(self) -> str:
         return ",".join(self.settings)
@@ -172,19 +168,17 @@ def drawn(axes: Sequence[Axis], seed: int, number: int) -> Point:
     return merged(axis.point(axis.values.draw(shares.random())) for axis in axes)
 
 
-def ends(axes: Sequence[Axis]) -> Iterator[Point]:
-    """Points that change one axis of the base: to each value of a list, or to both ends of an interval."""
-    for axis in axes:
-        for value in axis.values.ends:
-            yield axis.point(value)
+def firsts(axes: Sequence[Axis]) -> dict[str, Any]:
+    """The point with the first value of each axis."""
+    return merged(axis.point(axis.values.ends[0]) for axis in axes)
 
 
 def of_run(run: Any, setting: str) -> Any:
-    """The run's value of a setting (for a group, the name of its option); None if the run has no such setting."""
+    """The run's value of a setting; None if the run has no such setting."""
     found = run
     for name in setting.lstrip("+").split("."):
         found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
-    return getattr(found, "name", found)
+    return found
 
 
 def merged(points: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -9,20 +9,34 @@ Each trial's run is composed and validated as if its values had been typed, so a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import Composed, changed, compose, load_config, to_run
+from raytune_llm.config.load import Composed, changed, choices_of, compose, load_config, section_of, to_run
 from raytune_llm.config.options import groups
 from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
 from raytune_llm.config.overrides import CONF
+from raytune_llm.config.paths import changed_paths, with_absolute_paths
 from raytune_llm.config.plain import as_plain, as_text, flat_items, read_yaml
 from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
-from raytune_llm.config.space import Axis, Choice, Interval, Point, Values, axes_of, check, check_grid, drawn, ends, grid
+from raytune_llm.config.space import (
+    Axis,
+    Choice,
+    Interval,
+    Point,
+    Values,
+    axes_of,
+    check,
+    check_grid,
+    drawn,
+    firsts,
+    grid,
+    of_run,
+)
 from raytune_llm.config.submit import SubmitConfig
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.errors import ConfigError, UserError
@@ -37,6 +51,8 @@ COMMAND = "sweep.json"
 
 ON_THE_WAY = ("optimizer.", "schedule.", "stage.", "adapter.dropout", "train.max_grad_norm")
 """Settings that may change when a trial resumes from a checkpoint (prefixes end with a dot)."""
+
+BY_OTHERS = "with tune.scheduler=pbt, where a trial resumes from the checkpoint of another"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +99,16 @@ class Sweep:
 
     def value_of(self, axis: Axis, point: Point) -> Any:
         """The axis's value in the point, or in the base if the point has none."""
-        return axis.value_in(point) if all(setting in point for setting in axis.settings) else axis.base(self.base)
+        there = all(setting in point for setting in axis.settings)
+        return axis.value_in(point if there else {setting: self.base_value(setting) for setting in axis.settings})
+
+    def base_value(self, setting: str) -> Any:
+        """The base's value of a setting (for a group, the name of its option); None if the base has no such setting."""
+        return self._choices.get(setting.lstrip("+"), of_run(self.base, setting))
+
+    @cached_property
+    def _choices(self) -> dict[str, Any]:
+        return choices_of(self._with_options([]))
 
     @cached_property
     def base(self) -> TrainRun:
@@ -124,7 +149,8 @@ class Sweep:
     def _with_options(self, options: Sequence[str]) -> Composed:
         """The base with other options for some groups."""
         if (known := self._bases.get(repr(options))) is None:
-            words = [*self.words, *options]
+            chosen = {_setting(word) for word in options}
+            words = [*(word for word in self.words if _setting(word) not in chosen), *options]
             known = compose(VERB, words, config_dir=self.config_dir, config_name=self.config_name)
             self._bases[repr(options)] = known
         return known
@@ -140,7 +166,7 @@ class Sweep:
         place = {"name": f"{run.name}_{folder.name}", "output_dir": str(folder), "resume": "auto"}
         # Trials over one base see the same packs, which follow from train.seed.
         seeds = {"adapter_seed": seed} if self.tune.share_base is True and self.tune.seeds > 1 else {"seed": seed}
-        return replace(run, **place, tracking=run.tracking.in_group(run.name), train=replace(run.train, **seeds))
+        return replace(run, **place, tracking=run.tracking.of_trial(run.name, folder.name), train=replace(run.train, **seeds))
 
     @cached_property
     def planned(self) -> list[Point]:
@@ -174,34 +200,43 @@ class Sweep:
     def validate(self) -> list[Point]:
         """The planned points. Raises ConfigError unless each of them is valid, and each value of a list, and both ends of each
         interval."""
-        for axis in self.axes:
-            self._check_ends(axis)
+        _ = self.ends
         if self.tune.share_base is True and (refused := elsewhere(self.base) or self.unshared) is not None:
             raise refused
         return self.planned
 
-    def _check_ends(self, axis: Axis) -> None:
-        values = axis.values
-        for value in values.ends:
-            try:
-                self.composed(axis.point(value))
-            except ConfigError as error:
-                if not isinstance(values, Interval) or values.whole or not self.composes(axis.point(int(value))):
-                    raise
-                fix = f"Write int(interval({values.low:g},{values.high:g}))."
-                raise ConfigError(error.setting, error.rule, got=error.got, fix=fix) from None
+    @cached_property
+    def ends(self) -> list[Point]:
+        """Each value of a list and both ends of each interval, one after another. Raises ConfigError."""
+        return [self._end(axis, value) for axis in self.axes for value in axis.values.ends]
+
+    def _end(self, axis: Axis, value: Any) -> Point:
+        """With the rest as the base has it; where the base can't have it (a setting of an optimizer that another axis chooses),
+        with the first values of the others."""
+        point, values = axis.point(value), axis.values
+        try:
+            self.composed(point)
+        except ConfigError as error:
+            beside = {**firsts(self.axes), **point}
+            if self.composes(beside):
+                return beside
+            if not isinstance(values, Interval) or values.whole or not self.composes(axis.point(int(value))):
+                raise
+            fix = f"Write int(interval({values.low:g},{values.high:g}))."
+            raise ConfigError(error.setting, error.rule, got=error.got, fix=fix) from None
+        return point
 
     @cached_property
     def unshared(self) -> ConfigError | None:
         """The first rule that keeps the trials from sharing one base, judged by the planned points; None if there is none."""
-        runs = [self.base, *(self.composed(point) for point in (*ends(self.axes), *self.planned))]
+        runs = [self.base, *(self.composed(point) for point in (*self.ends, *self.planned))]
         return next((found for run in runs if (found := obstacle(run, self.base)) is not None), None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The settings that must be the same for a sweep to resume, as plain values: base, space, and how points are chosen."""
         free = {"output_dir", "name", "resume", "resources", "tracking", "checkpoint", "log_format"}
-        base = {name: value for name, value in as_plain(self.base).items() if name not in free}
+        base = {name: value for name, value in as_plain(with_absolute_paths(self.base)).items() if name not in free}
         how = ("name", "metric", "mode", "scheduler", "grace", "reduction", "seed", "seeds", "first", "base_first")
         space = {axis.name: repr(axis.values) for axis in self.axes}
         return {"base": base, "space": space, "tune": {name: as_plain(self.tune)[name] for name in how}}
@@ -210,7 +245,8 @@ class Sweep:
 def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str | None = None) -> Sweep:
     """The sweep that `python -m raytune_llm tune <words>` starts. Raises ConfigError, also for an invalid space."""
     base, space = split(words)
-    run = to_run(VERB, compose(VERB, base, config_dir=config_dir, config_name=config_name))
+    composes = partial(compose, VERB, config_dir=config_dir, config_name=config_name)
+    run, filled = _base(base, space, composes)
     typed = {_setting(word) for word in base}
     for word in base:
         if (setting := _setting(word).removeprefix(f"{VERB}.space.")) in space:
@@ -228,15 +264,36 @@ def load_sweep(words: Sequence[str] = (), *, config_dir: str | Path | None = Non
     if run.tune.enumerates:
         check_grid(axes)
     for setting in (setting for axis in axes for setting in axis.settings) if run.tune.rounds else ():
-        _can_change_on_the_way(setting, "with tune.scheduler=pbt, where a trial resumes from the checkpoint of another")
+        _can_change_on_the_way(setting, BY_OTHERS)
     for point in run.tune.first:
         if not point:
             raise ConfigError("tune.first", "must hold settings with their values", got="{}", fix="Say, [{optimizer.lr: 1e-4}].")
         for setting in point:
             _can_vary(setting)
-    sweep = Sweep(run, axes, tuple(base), config_dir, config_name, tuple(words))
+            if run.tune.rounds:
+                _can_change_on_the_way(setting, BY_OTHERS)
+    sweep = Sweep(run, axes, tuple(filled), config_dir, config_name, tuple(words))
     sweep.validate()
     return sweep
+
+
+def _base(words: Sequence[str], space: Mapping[str, Values], composes: Callable[..., Composed]) -> tuple[TuneRun, Sequence[str]]:
+    """The run of the words that give one value, and these words. Where they are no run by themselves (the space has data.path, or
+    the experiment), the first value of each setting of the space is one of them, and the base is no trial."""
+    beside = dict(space)
+    try:
+        composed = composes(words)
+        beside = of_yaml(section_of(composed, f"{VERB}.space")) | beside
+        return to_run(VERB, composed), words
+    except ConfigError:
+        filled = [*words, *(as_override(setting, values.ends[0]) for setting, values in beside.items())]
+        try:
+            run = to_run(VERB, composes(filled))
+        except UserError:
+            run = None
+        if run is None or not beside:
+            raise
+    return replace(run, tune=replace(run.tune, base_first=False)), filled
 
 
 @dataclass(frozen=True)
@@ -277,9 +334,17 @@ def _setting(word: str) -> str:
 
 
 def command_of(sweep: Sweep) -> str:
-    """The content of the file COMMAND: the sweep's words as JSON."""
+    """The content of the file COMMAND: the sweep's words as JSON. They work from any folder: their paths are absolute, except
+    those of options that the sweep chooses among."""
     config_dir = None if sweep.config_dir is None else str(Path(sweep.config_dir).absolute())
-    return json.dumps({"words": sweep.command, "config_dir": config_dir, "config_name": sweep.config_name})
+    varied = {name.lstrip("+") for name in sweep.names(())}
+    absolute = [
+        as_override(setting, value)
+        for setting, value in changed_paths(sweep.run, with_absolute_paths(sweep.run)).items()
+        if varied.isdisjoint({setting, setting.partition(".")[0], "experiment"})
+    ]
+    words = [*sweep.command, *absolute]
+    return json.dumps({"words": words, "config_dir": config_dir, "config_name": sweep.config_name})
 
 
 def load_paused(words: Sequence[str]) -> Sweep:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,16 +11,18 @@ from raytune_llm.config.section import section
 @section
 class NoTracking:
     name: Literal["none"]
+    one_a_process: ClassVar[bool] = False
 
-    def in_group(self, group: str) -> NoTracking:
+    def of_trial(self, group: str, trial: str) -> NoTracking:
         return self
 
 
 @section
 class TensorBoard:
     name: Literal["tensorboard"]
+    one_a_process: ClassVar[bool] = False
 
-    def in_group(self, group: str) -> TensorBoard:
+    def of_trial(self, group: str, trial: str) -> TensorBoard:
         """TensorBoard groups runs by folder, and a sweep's runs are in the sweep's folder."""
         return self
 
@@ -36,8 +38,14 @@ class Tracker:
     group: str | None
     """The name of a group of runs. null: no group; for the trials of a sweep, the sweep's `name`."""
 
-    def in_group(self, group: str) -> Tracker:
-        return self if self.group is not None else replace(self, group=group)
+    @property
+    def one_a_process(self) -> bool:
+        """Whether its client has one run at a time."""
+        return self.name == "swanlab"
+
+    def of_trial(self, group: str, trial: str) -> Tracker:
+        """A name that is given stands before the trial's: trials are runs of their own."""
+        return replace(self, group=self.group or group, run=self.run and f"{self.run}_{trial}")
 
 
 TrackingConfig = Annotated[NoTracking | TensorBoard | Tracker, Field(discriminator="name")]

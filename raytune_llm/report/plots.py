@@ -49,7 +49,7 @@ def loss_curve(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
         axes.plot(eval_steps, eval_losses, "o-", color=EVAL, linewidth=1, markersize=5, label=f"eval  {eval_losses[-1]:.3g}")
     if len(losses) or len(eval_losses):
         axes.legend(loc="upper right", labelcolor=INK, facecolor="white", edgecolor="none", framealpha=1)
-    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=10)
+    axes.set_title(literal(title), loc="left", color=INK, fontsize=12, pad=10)
     axes.set_ylabel("loss", color=INK)
     lowest.set_xlabel("step", color=INK)
     lowest.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -79,6 +79,11 @@ def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: 
     axes.set_xlabel("score of the rejected answer", color=INK)
     axes.set_ylabel("score of the chosen answer", color=INK)
     save(figure, path)
+
+
+def literal(text: str) -> str:
+    """For matplotlib, which reads what is between two dollar signs as a formula."""
+    return text.replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> None:

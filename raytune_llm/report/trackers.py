@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,7 @@ def wandb(service: Service, run: TrackedRun) -> Tracker:
         name=service.run or run.name,
         id=_earlier_id(service, run),
         resume="allow",
+        reinit="create_new",  # not the run of another trial in this process
         dir=str(run.output_dir),
         config=dict(run.settings),
         **_group(service),
@@ -93,19 +96,29 @@ def mlflow(service: Service, run: TrackedRun) -> Tracker:
     """https://mlflow.org/docs/latest/ml/tracking. The server is MLFLOW_TRACKING_URI; without one, a file in the output folder.
 
     MLflow accepts at most 6,000 characters per parameter and each parameter once. Steps that are repeated after a resume
-    are there twice, with identical values.
+    are there twice, with identical values. Its client has no active run, of which a process would have one only.
     """
-    client = _package("mlflow")
-    if not client.is_tracking_uri_set():
-        client.set_tracking_uri(f"sqlite:///{(run.output_dir / 'mlflow.db').absolute()}")
-    client.set_experiment(service.project)
-    earlier = _earlier_id(service, run)
-    name = None if earlier else service.run or run.name
-    active = client.start_run(run_id=earlier, run_name=name, tags=_group(service))
-    if earlier is None:
-        client.log_params({name: str(value)[:6000] for name, value in _by_path(run.settings)})
-    _keep_id(service, run, active.info.run_id)
-    return Tracker(lambda numbers, step: client.log_metrics(numbers, step=step), client.end_run)
+    package = _package("mlflow")
+    asked = package.is_tracking_uri_set()
+    client = package.MlflowClient(None if asked else f"sqlite:///{(run.output_dir / 'mlflow.db').absolute()}")
+    run_id = _earlier_id(service, run)
+    if run_id is None:
+        experiment = client.get_experiment_by_name(service.project)
+        of_project = experiment.experiment_id if experiment else client.create_experiment(service.project)
+        run_id = client.create_run(of_project, run_name=service.run or run.name, tags=_group(service)).info.run_id
+        params = [package.entities.Param(name, str(value)[:6000]) for name, value in _by_path(run.settings)]
+        for at in range(0, len(params), 100):  # as many as a request takes
+            client.log_batch(run_id, params=params[at : at + 100])
+    else:
+        client.update_run(run_id, status="RUNNING")
+    _keep_id(service, run, run_id)
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        now_ms = int(time.time() * 1000)
+        metrics = [package.entities.Metric(name, value, now_ms, step) for name, value in numbers.items()]
+        client.log_batch(run_id, metrics=metrics)
+
+    return Tracker(send, partial(client.set_terminated, run_id))
 
 
 def swanlab(service: Service, run: TrackedRun) -> Tracker:

@@ -11,7 +11,7 @@ import numpy as np
 
 from raytune_llm.config.plain import as_text
 from raytune_llm.config.space import Axis, Interval
-from raytune_llm.report.plots import save
+from raytune_llm.report.plots import literal, save
 from raytune_llm.tune.study import Study
 from raytune_llm.tune.trial import Trial
 
@@ -44,7 +44,8 @@ def sweep_page(study: Study, path: Path) -> None:
     for number, axis in enumerate(axes):
         column = 2 * (number % 3)
         _over(figure.add_subplot(grid[1 + number // 3, column : column + 2]), trials, colors, best, axis, study)
-    figure.suptitle(f"{study.sweep.run.name}: {len(study.trials)} trials, {study.metric.name}", color=INK, x=0.01, ha="left")
+    title = f"{literal(study.sweep.run.name)}: {len(study.trials)} trials, {study.metric.name}"
+    figure.suptitle(title, color=INK, x=0.01, ha="left")
     save(figure, path)
 
 
@@ -195,10 +196,8 @@ def _text(value: Any) -> str:
 
 def _label(value: Any, longest: int = LONGEST) -> str:
     text = _text(value)
-    if len(text) <= longest:
-        return text
     end = (longest - 1) // 2
-    return f"{text[: longest - 1 - end]}…{text[len(text) - end :]}"
+    return literal(text if len(text) <= longest else f"{text[: longest - 1 - end]}…{text[len(text) - end :]}")
 
 
 def _turned(labels: Sequence[str], where: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def exploited(sweep: Sweep, waiting: Sequence[Trial], number: int) -> Iterator[t
 def near(sweep: Sweep, point: Point, draws: random.Random) -> dict[str, Any]:
     """Each number of an interval is multiplied by 0.8 or 1.2, and drawn where the base has none (null); a value of a list is
     replaced by a neighbour."""
-    found: dict[str, Any] = {}
+    found = dict(point)
     for axis in sweep.axes:
         found |= axis.point(_near(axis, sweep.value_of(axis, point), draws))
     return found

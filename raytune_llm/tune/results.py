@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
+from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.plain import as_text, to_yaml
-from raytune_llm.config.space import of_run
 from raytune_llm.tune.page import comparable, sweep_page
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Study
 from raytune_llm.tune.trial import Trial
@@ -55,9 +55,10 @@ def results(study: Study) -> dict[str, Any]:
 
 
 def best_run(study: Study) -> str:
-    """Write best.yaml, the config of the best setting. It trains with --config-dir SWEEP --config-name best."""
+    """The text of best.yaml, the config of the best setting. It trains with --config-dir SWEEP --config-name best, wherever that
+    is typed."""
     sweep, best = study.sweep, study.ranked[0]
-    run = sweep.composed(best.point)
+    run = with_absolute_paths(sweep.composed(best.point))
     folder = f"{sweep.folder.absolute()}_best"
     return to_yaml(replace(run, name=f"{run.name}_best", output_dir=folder, resume="auto"))  # resume is what the sweep does
 
@@ -96,7 +97,7 @@ def _table(study: Study) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["trial", *settings, *rest])
-    base = {name: of_run(study.sweep.base, name) for name in settings}
+    base = {name: study.sweep.base_value(name) for name in settings}
     for trial in study.trials:
         plain, values = _plain(trial, study), {**base, **trial.point}
         table.writerow([trial.number, *(_cell(values.get(name)) for name in settings), *(plain[name] for name in rest)])

@@ -14,7 +14,6 @@ from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.paths import with_absolute_paths
 from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
-from raytune_llm.config.space import ends
 from raytune_llm.config.sweep import COMMAND, Chosen, Sweep, command_of
 from raytune_llm.data import pipeline
 from raytune_llm.errors import ConfigError, ResourceError
@@ -227,7 +226,7 @@ def _distinct(sweep: Sweep) -> list[TrainRun]:
 
 
 def _each_end(sweep: Sweep) -> Iterator[TrainRun]:
-    for point in ({}, *ends(sweep.axes), *sweep.tune.first):
+    for point in ({}, *sweep.ends, *sweep.tune.first):
         yield with_absolute_paths(replace(sweep.composed(point), output_dir=str(sweep.folder)))
 
 

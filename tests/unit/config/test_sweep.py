@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from raytune_llm.config.load import compose
 from raytune_llm.config.override_syntax import as_override
 from raytune_llm.config.overrides import CONF
 from raytune_llm.config.space import Choice, Interval
-from raytune_llm.config.sweep import COMMAND, load_paused, load_submitted
+from raytune_llm.config.sweep import COMMAND, command_of, load_paused, load_submitted
 
 BASE = ["+experiment=sft_smollm2", "resources=inline"]
 
@@ -80,6 +81,60 @@ def test_zipped_values_change_together():
         {"adapter.rank": 8, "adapter.alpha": 16.0},
         {"adapter.rank": 16, "adapter.alpha": 32.0},
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "points"),
+    [
+        (
+            ["optimizer=muon,sgd", "optimizer.momentum=0.8,0.9"],
+            [("muon", 0.8), ("muon", 0.9), ("sgd", 0.8), ("sgd", 0.9)],
+        ),
+        (
+            ["optimizer=sgd,muon", "optimizer.momentum=0.8,0.9", "tune.zip=[[optimizer,optimizer.momentum]]"],
+            [("sgd", 0.8), ("muon", 0.9)],
+        ),
+    ],
+)
+def test_values_that_the_base_can_not_have_alone_are_looked_at_with_the_others(words, points):
+    made = sweep(*words, "tune=grid")
+    assert [(run.optimizer.name, run.optimizer.momentum) for run in map(made.composed, made.planned)] == points
+
+
+@pytest.mark.parametrize("space", [["data.path=a.jsonl,b.jsonl"], ["tune.space={data.path: [a.jsonl, b.jsonl]}"]])
+@pytest.mark.parametrize("tune", ["grid", "random"])
+def test_the_space_may_have_what_the_base_lacks_to_be_a_run(space, tune, tmp_path):
+    made = load_sweep(["data.eval_fraction=0.1", *space, f"tune={tune}", f"output_dir={tmp_path}"])
+    paths = [made.trial_run(point, seed=1, folder=tmp_path / "1").data.path for point in made.planned]
+    assert sorted(paths) == ["a.jsonl", "b.jsonl"]
+
+
+def test_experiments_may_be_chosen_among_as_with_m():
+    made = load_sweep(["+experiment=sft_full_tiny,sft_smollm2", "data.eval_fraction=0.1", "tune=grid"])
+    for point, name in zip(made.planned, ("sft_full_tiny", "sft_smollm2"), strict=True):
+        typed = load_config("train", [f"+experiment={name}", "data.eval_fraction=0.1", "resources=inline"])
+        assert replace(made.composed(point), output_dir=typed.output_dir, name=typed.name) == typed
+
+
+def test_the_base_has_the_names_of_its_options_where_groups_are_chosen_among():
+    given = ["resources=local", "data.path=x", "data.eval_fraction=0.1", "tune.trials=2"]
+    made = load_sweep([*given, "data=chat,alpaca", "strategy=zero1,zero2"])
+    assert [made.value_of(axis, {}) for axis in made.axes] == ["chat", "ddp"]
+    assert made.base_value("adapter") == "lora" and made.base_value("data.path") == "x"
+
+
+def test_a_paused_sweep_resumes_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    words = ["data.path=rows.jsonl", "data.eval_fraction=0.1", "adapter.rank=4,8", "tune.pause_at=0.5", "output_dir=sweep"]
+    typed = load_sweep(words)
+    Path("sweep").mkdir()
+    Path("sweep", COMMAND).write_text(command_of(typed))
+    monkeypatch.chdir("/")
+    again = load_paused([str(tmp_path / "sweep"), "keep=1"])
+    assert again.base.data.path == str(tmp_path / "rows.jsonl") and again.planned == typed.planned
+    monkeypatch.chdir(tmp_path)
+    assert again.identity == typed.identity
 
 
 def test_known_good_points_come_after_the_base():

@@ -110,3 +110,55 @@ def test_runs_that_belong_together_are_one_group(wandb_client, tmp_path):
     open_tracker(service("wandb", group="sweep"), run_at(tmp_path)).close()
     open_tracker(service("wandb"), run_at(tmp_path)).close()
     assert [start.get("group") for start in wandb_client["starts"]] == ["sweep", None]
+
+
+def test_trials_have_a_name_of_their_own_in_the_group_of_their_sweep():
+    assert service("trackio").of_trial("sweep", "001_lr=1") == service("trackio", group="sweep")
+    named = Service(name="trackio", project="p", run="mine", group="ours").of_trial("sweep", "001_lr=1")
+    assert (named.run, named.group) == ("mine_001_lr=1", "ours")
+
+
+def test_mlflow_has_several_runs_at_a_time_in_a_process_and_resumes_each_where_it_is(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for from_step in (0, 1):
+        trackers = []
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            trackers.append(open_tracker(service("mlflow", group="sweep"), run_at(folder, from_step)))
+        for number, tracker in enumerate(trackers):
+            tracker({"step": from_step + 1, "loss": 10.0 * number + from_step})
+        for tracker in trackers:
+            tracker.close()
+    for number, folder in enumerate(folders):
+        client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        [found] = client.search_runs([client.get_experiment_by_name("p").experiment_id])
+        history = [(one.step, one.value) for one in client.get_metric_history(found.info.run_id, "loss")]
+        assert history == [(1, 10.0 * number), (2, 10.0 * number + 1)]
+        assert (found.info.status, found.info.run_name, found.data.tags["group"]) == ("FINISHED", "demo", "sweep")
+        assert found.data.params == {"train.seed": "1"}
+
+
+def test_wandb_has_several_runs_at_a_time_in_a_process(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    trackers = [open_tracker(service("wandb", group="sweep"), run_at(tmp_path / name)) for name in ("a", "b")]
+    for tracker in trackers:
+        tracker({"step": 1, "loss": 1.0})
+        tracker.close()
+    assert len({(tmp_path / name / "tracking.json").read_text() for name in ("a", "b")}) == 2
+
+
+def test_trackio_has_several_runs_at_a_time_in_a_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    trackio = pytest.importorskip("trackio")
+    trackers = [open_tracker(service("trackio", group="sweep"), TrackedRun(name, tmp_path, 0, {})) for name in ("a", "b")]
+    for number, tracker in enumerate(trackers):
+        tracker({"step": 1, "loss": float(number)})
+    for tracker in trackers:
+        tracker.close()
+    runs = {run.name: run for run in trackio.Api().runs("p")}
+    assert runs.keys() == {"a", "b"}

@@ -50,3 +50,10 @@ def test_numbers_of_a_list_stand_in_their_order_whatever_the_order_that_they_wer
     shown = {trial.point["adapter.rank"]: trial.latest for trial in study.trials if trial.point.get("schedule") == "cosine"}
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ranks.lines}
     assert {(place, shown[rank]) for place, rank in enumerate((4, 8, 16))} <= points
+
+
+def test_dollar_signs_in_values_are_no_formulas(tmp_path):
+    study = study_in(tmp_path, "tune=grid", r"adapter.targets='q$|.*\d$','.*v_proj'", "name=$x_")
+    to_the_end(study)
+    page.sweep_page(study, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000

@@ -60,10 +60,17 @@ def test_the_worst_take_over_the_best_with_values_near_theirs(tmp_path):
 
 
 def test_what_a_checkpoint_fixes_is_not_varied(tmp_path):
-    with pytest.raises(ConfigError, match=r"adapter\.rank can't be varied with tune\.scheduler=pbt"):
-        load_sweep(
-            ["data.path=x", "data.eval_fraction=0.1", "train.eval_every_steps=1", "adapter.rank=4,8", "tune.scheduler=pbt"]
-        )
+    pbt = ["data.path=x", "data.eval_fraction=0.1", "train.eval_every_steps=1", "tune.scheduler=pbt"]
+    for given in (["adapter.rank=4,8"], ["optimizer.lr=interval(1e-4,1e-2)", "tune.first=[{adapter.rank: 4}]"]):
+        with pytest.raises(ConfigError, match=r"adapter\.rank can't be varied with tune\.scheduler=pbt"):
+            load_sweep([*pbt, *given])
+
+
+def test_all_settings_of_the_best_are_taken_over_those_outside_the_space_too(tmp_path):
+    pbt = ("data.path=x", "data.eval_fraction=0.1", "train.eval_every_steps=1", "tune.scheduler=pbt", "tune.trials=2")
+    sweep = load_sweep([*pbt, "optimizer.lr=interval(1e-4,1e-2)", "tune.first=[{optimizer.weight_decay: 0.5}]"])
+    taken = near(sweep, {"optimizer.weight_decay": 0.5}, random.Random(0))
+    assert taken["optimizer.weight_decay"] == 0.5 and "optimizer.lr" in taken
 
 
 def numbers(folder):

@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import math
+import shutil
 from io import StringIO
 from types import SimpleNamespace
 
@@ -83,6 +84,15 @@ def test_the_best_setting_trains_again_as_it_stands(swept, tmp_path):
     api.train(run)
     again = [record["eval_loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in record]
     assert again[-1] == result.best.value
+
+
+def test_the_best_setting_trains_again_from_any_folder(chat_rows, cache, tmp_path, monkeypatch):
+    shutil.copy(chat_rows, tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    api.tune(load_sweep(words("rows.jsonl", cache, "sweep", "optimizer.lr=1e-3,1e-2", "tune=grid", "train.max_steps=1")))
+    monkeypatch.chdir("/")
+    best = load_config("train", [], config_dir=tmp_path / "sweep", config_name="best")
+    assert api.train(best).summary.steps == 1 and best.output_dir == str(tmp_path / "sweep_best")
 
 
 def test_a_finished_sweep_is_not_run_again(swept, chat_rows, cache):

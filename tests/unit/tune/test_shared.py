@@ -202,6 +202,13 @@ def test_what_trials_over_one_base_cannot_vary_is_refused_by_name(value, setting
     assert not list(Path(tmp_path).iterdir())
 
 
+def test_a_tracker_that_has_one_run_a_process_is_refused_for_trials_in_one_pass(chat_rows, cache, tmp_path):
+    given = [word for word in words(chat_rows, cache, tmp_path, "adapter.rank=2,4") if not word.startswith("tracking")]
+    with pytest.raises(ConfigError, match=r"tracking must be .* where tune\.share_base=true, got 'swanlab'"):
+        load_sweep([*given, "tracking=swanlab"])
+    load_sweep([*given, "tracking=wandb"])
+
+
 def test_what_trials_can_vary_is_no_obstacle(chat_rows, cache, tmp_path):
     base = words(chat_rows, cache, tmp_path)
     base = [word for word in base if not word.startswith("tune.")]
