@@ -6,7 +6,7 @@ torch's own product would reorder the weights, or use a slower kernel, at every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,22 @@ TOKENS = 32
 """The number of tokens that the layout is optimized for; other numbers are nearly as fast."""
 
 
+def reordered(weight_OK: Tensor) -> Tensor:
+    """The weight in oneDNN's own layout, which only products can read."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OK.contiguous(), TOKENS)
+
+
+def product(x_TK: Tensor, weight_OK: Tensor, operation: Literal["add", "mul"], other_TO: Tensor) -> Tensor:
+    """x W^T + other, or x W^T * other, rounded once. weight_OK: reordered."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x_TK, other_TO, weight_OK, None, operation)
+
+
 class OneDNNLinear(nn.Module):
     """x W^T + b, forward only."""
 
     def __init__(self, weight_OK: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
-        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OK, TOKENS)
+        self.weight = reordered(weight_OK)
         self.bias = bias_O
 
     def forward(self, x: Tensor) -> Tensor:

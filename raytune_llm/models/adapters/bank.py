@@ -27,6 +27,7 @@ from raytune_llm.models.adapters.bank_weights import Layout, Weights, write
 from raytune_llm.models.adapters.banked import BankedLinear, BankShape, Now, join
 from raytune_llm.models.adapters.grouped import group
 from raytune_llm.models.adapters.method import LINEAR, sides
+from raytune_llm.models.adapters.packs import Packs
 from raytune_llm.models.adapters.protocol import OWN
 from raytune_llm.models.adapters.routes import BySlot, Dropout, Dropped, InTurn, Masked, One, Ranges, Route, Sorted
 from raytune_llm.models.adapters.saved import PREFIX
@@ -70,6 +71,7 @@ class LoraBank:
         self._slots: dict[str, int] = {}
         self._views: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self._default: Route | None = None
+        self._packs: Packs | None = None
         group(model)
         for _, layer in named_layers(model):
             layer.register_forward_pre_hook(self._see_route, with_kwargs=True)
@@ -78,8 +80,9 @@ class LoraBank:
                 part.register_forward_pre_hook(self._take_route, with_kwargs=True)
 
     def join(self) -> None:
-        """Join the adapters of layers whose products have been joined (models/packed.py), such as q, k and v."""
-        join(list(self._layers.values()))
+        """Join the adapters of layers whose products have been joined (models/packed.py), such as q, k and v. A route for
+        decoding is then for one pass only, since it holds copies of the adapters."""
+        self._packs = Packs(join(list(self._layers.values())))
         self._views.clear()
 
     # Slots ---------------------------------------------------------------------------------------------------------------
@@ -131,8 +134,7 @@ class LoraBank:
         rows = sum(1 for _ in takewhile(lambda length: length == 1, lengths))
         if rows < 2 or self._shape.trains or not (slot_M[:rows] >= 0).any():
             return Ranges.of(slot_M.tolist(), lengths)
-        decoding = Masked.of(slot_M[:rows], self.num_slots, self._dtype)
-        return InTurn(decoding, Ranges.of(slot_M[rows:].tolist(), lengths[rows:]), rows)
+        return InTurn(self._of_rows(slot_M[:rows]), Ranges.of(slot_M[rows:].tolist(), lengths[rows:]), rows)
 
     def by_slots(self, slot_T: Tensor) -> dict[str, Route]:
         """The layers' arguments for prompts on a GPU. slot_T: the slot of each token, on the device, -1 for none. No value is
@@ -154,7 +156,12 @@ class LoraBank:
         capture it."""
         if slot_T.is_cuda and len(slot_T) <= BY_SLOT and not self._shape.trains:
             return {ROUTE: BySlot.of(slot_T)}
-        return {ROUTE: Masked.of(slot_T, self.num_slots, self._dtype)}
+        return {ROUTE: self._of_rows(slot_T)}
+
+    def _of_rows(self, slot_T: Tensor) -> Route:
+        if self._packs is not None:
+            return self._packs.route(slot_T, self._held, self.num_slots)
+        return Masked.of(slot_T, self.num_slots, self._dtype)
 
     # Adapters by name ------------------------------------------------------------------------------------------------------
 

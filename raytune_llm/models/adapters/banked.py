@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raytune_llm.models.adapters.routes import Route
+from raytune_llm.models.onednn import OneDNNLinear
 from raytune_llm.models.packed import PackedPart, products
 
 
@@ -26,7 +28,8 @@ class Now:
     route: Route | None = None
 
 
-class Joined(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Joined:
     """Layers that share an input, computed together: one product for their bases, and one each for their A and their B."""
 
     base: nn.Module
@@ -84,7 +87,7 @@ def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     if joined is not None and len(layers) == len(joined.sizes):
         out = joined.base(x)
         if route is not None:
-            (added,) = route.add([out.flatten(0, -2)], x.flatten(0, -2), [joined.a_GRK], [joined.b_GRO])
+            (added,) = route.add([out.flatten(0, -2)], x.flatten(0, -2), [joined.a_GRK], [joined.b_GRO], joined)
             out = added.view(out.shape)
         return list(out.split(joined.sizes, dim=-1))
     outs = products(x, [layer.base_layer for layer in layers])
@@ -103,12 +106,14 @@ def banked(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def join(layers: Sequence[BankedLinear]) -> None:
-    """Make the banks of layers whose bases are one product into views of one bank."""
+def join(layers: Sequence[BankedLinear]) -> list[Joined]:
+    """Make the banks of layers whose bases are one product of oneDNN into views of one bank."""
     parts: dict[nn.Module, list[BankedLinear]] = {}
+    made: list[Joined] = []
     for layer in layers:
-        if isinstance(layer.base_layer, PackedPart):
-            parts.setdefault(layer.base_layer.whole, []).append(layer)
+        whole = layer.base_layer.whole if isinstance(layer.base_layer, PackedPart) else layer.base_layer
+        if isinstance(whole, OneDNNLinear):
+            parts.setdefault(whole, []).append(layer)
     for whole, own in parts.items():
         (slots, rank, inputs), sizes = own[0].a_GRK.shape, [layer.b_GRO.shape[2] for layer in own]
         a_GRK = own[0].a_GRK.new_empty(slots, len(own) * rank, inputs)
@@ -121,4 +126,7 @@ def join(layers: Sequence[BankedLinear]) -> None:
             ):
                 place.copy_(getattr(layer, name))
                 setattr(layer, name, place)
-            layer.joined = Joined(whole, sizes, a_GRK, b_GRO)
+        made.append(Joined(whole, sizes, a_GRK, b_GRO))
+        for layer in own:
+            layer.joined = made[-1]
+    return made

@@ -14,6 +14,8 @@ Masked: one product with the concatenated adapters, of which each token keeps it
 but in few large kernels with fixed shapes, which a CUDA graph can capture. For decoding, which is bound by reading weights.
 Infinite weights of other adapters would reach a token, so trained banks don't use it.
 
+Packed (packs.py): as Masked, for a CPU in bf16, with weights in oneDNN's layout.
+
 InTurn: one route for the first tokens and another one for the rest. Decoding rows would be many ranges of one token, while the
 prompts after them are a few long ranges.
 
@@ -44,9 +46,11 @@ an 8B model's shapes on an H200, the former was faster at 32 rows and the latter
 class Route(Protocol):
     """The adapters of the tokens of one forward pass, and how their products are computed."""
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         """The outputs [T, O] of layers that share the input x, plus the adapters' part. `outs` may be changed in place. a, b: the
-        bank of each layer, with G + 1 slots, of which the last is zero."""
+        bank of each layer, with G + 1 slots, of which the last is zero. whole: the joined layers; None if they are not joined."""
         ...
 
 
@@ -65,7 +69,9 @@ class Ranges:
         ]
         return cls(tuple(slot for slot, _ in runs), tuple(length for _, length in runs))
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         xs = x_TK.split(self.lengths)
         parts = [list(out_TO.split(self.lengths)) for out_TO in outs]
         a_by_slot, b_by_slot = [a_GRK.unbind() for a_GRK in a], [b_GRO.unbind() for b_GRO in b]
@@ -87,10 +93,16 @@ class InTurn:
     length: int
     """The number of tokens of the first route."""
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         routes = (self.first, slice(None, self.length)), (self.rest, slice(self.length, None))
-        parts = [route.add([out_TO[tokens] for out_TO in outs], x_TK[tokens], a, b) for route, tokens in routes]
-        return list(outs) if _adding() is Tensor.addmm_ else [torch.cat(pair) for pair in zip(*parts, strict=True)]
+        parts = [route.add([out_TO[tokens] for out_TO in outs], x_TK[tokens], a, b, whole) for route, tokens in routes]
+        if torch.is_grad_enabled():
+            return [torch.cat(pair) for pair in zip(*parts, strict=True)]
+        for out_TO, part in zip(outs, parts[0], strict=True):  # those of the rest, which are many, are in their place
+            out_TO[: self.length].copy_(part)
+        return list(outs)
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,10 @@ class One:
 
     slot: int
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-        return Ranges((self.slot,), (len(x_TK),)).add(outs, x_TK, a, b)
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
+        return Ranges((self.slot,), (len(x_TK),)).add(outs, x_TK, a, b, whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +144,9 @@ class Sorted:
         every = torch.arange(num_slots + 1, device=slot_T.device, dtype=slot_T.dtype)
         return cls(torch.searchsorted(slot_T, every, right=True).int(), order_T, places_T)
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         x_TK = x_TK if self.order_T is None else x_TK.index_select(0, self.order_T)
         low_TR = grouped_product(x_TK, torch.cat(list(a), dim=1).transpose(1, 2), self.ends_G1)
         lows = low_TR.split([a_GRK.shape[1] for a_GRK in a], dim=1)
@@ -157,7 +173,9 @@ class Masked:
         slot_G = torch.arange(first, last, device=slot_T.device, dtype=slot_T.dtype)
         return cls((slot_T[:, None] == slot_G).to(dtype), slice(first, last))
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         T, G = self.mask_TG.shape
         a_CK = [a_GRK[self.slots].flatten(0, 1) for a_GRK in a]
         low_TLGR = (x_TK @ _together(a_CK).T).view(T, len(a), G, -1)
@@ -177,7 +195,9 @@ class BySlot:
     def of(cls, slot_T: Tensor) -> BySlot:
         return cls(slot_T, slot_T.argsort())
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         return slot_products(list(outs), x_TK, self.slot_T, self.order_T, list(a), list(b))
 
 
@@ -213,10 +233,12 @@ class Dropped:
         else:
             self.begun[layer] = [generator.get_state() for generator in generators]
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         parts = zip(x_TK.split(self.length), self.dropouts, strict=True)
         dropped = [part_TK if dropout is None else dropout(part_TK) for part_TK, dropout in parts]
-        return self.route.add(outs, torch.cat(dropped), a, b)
+        return self.route.add(outs, torch.cat(dropped), a, b, whole)
 
 
 def _adding() -> Callable[[Tensor, Tensor, Tensor], Tensor]:

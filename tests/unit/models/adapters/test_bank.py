@@ -418,7 +418,9 @@ def test_dropout_of_one_adapter_is_that_of_a_run_alone_also_where_a_layer_is_com
 class Sums:
     """A route that gives what it is given."""
 
-    def add(self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    def add(
+        self, outs: Sequence[Tensor], x_TK: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], whole: object | None = None
+    ) -> list[Tensor]:
         return [x_TK]
 
 
