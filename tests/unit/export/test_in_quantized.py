@@ -167,15 +167,6 @@ def test_an_adapter_alone_of_a_base_in_few_bits_is_written_and_nothing_is_merged
     assert done.difference is not None and done.difference.max_abs < 1e-3
 
 
-def test_experts_in_few_bits_are_refused_by_name(tmp_path):
-    few = tmp_path / "few"
-    saved(few, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
-    replaced(few, gptq(4), quant_method="gptq", **FOUR_BITS)
-    with pytest.raises(ConfigError, match=r"can be unpacked one by one: they have no model\.layers\.0\.mlp\.experts"):
-        exported(few, tmp_path / "out", "export.into_quantized=true")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_base_in_few_bits_is_copied_as_it_is_or_not_at_all(tmp_path):
     few = tmp_path / "few"
     saved(few)
