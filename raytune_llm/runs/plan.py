@@ -163,7 +163,8 @@ def _known_batches(run: TrainRun, data: Data | None, world_size: int, accumulati
     """The different micro-batches of a worker that are trained on, and others: held-out ones, and those of a reference.
     comes_again: those that are trained on are trained on again."""
     if data is None:
-        return (UNKNOWN if comes_again else 0, UNKNOWN if run.data.evaluates or run.stage.has_reference else 0)
+        trained = UNKNOWN if run.train.max_steps is None else run.train.max_steps * accumulation
+        return (trained if comes_again else 0, UNKNOWN if run.data.evaluates or run.stage.has_reference else 0)
     micro = run.train.micro_batch_size
     trained = data.total_steps * accumulation
     if micro == 1:  # larger ones are of other samples in each epoch
