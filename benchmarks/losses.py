@@ -1,6 +1,7 @@
 """Loss of each adapter, quantized base and optimizer after some steps on the demo's data: the mean of the last tenth of them.
 
-    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon] [--lr-factor 5] [--set data.max_length=128 ...]
+    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon] [--lr-factor 5] [--processes 1]
+        [--set data.max_length=128 ...]
 
 Prints JSON, with the mean loss of each tenth. --lr-factor: of all rates, where fewer weights are trained, as by --set
 adapter=freeze. Adapters are trained with AdamW, optimizers train all weights; each with a rate of its own, since 1e-4 for AdamW's
@@ -16,6 +17,8 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -100,15 +103,20 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2_135m")
     parser.add_argument("--only", default="", help="options, separated by commas")
     parser.add_argument("--lr-factor", type=float, default=1.0)
+    parser.add_argument("--processes", type=int, default=1, help="runs side by side")
     parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, as on the command line")
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
     chosen = {name: settings for name, settings in CASES.items() if not only or name.partition("=")[2] in only}
     curves: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    spawned = get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.processes, mp_context=spawned) as pool:
+        runs = {}
         for name, settings in chosen.items():
             asked = [*at_rate(settings, args.lr_factor), *args.set]
-            curves[name] = curve_of(asked, model=args.model, steps=args.steps, folder=Path(folder) / name)
+            runs[name] = pool.submit(curve_of, asked, model=args.model, steps=args.steps, folder=Path(folder) / name)
+        for name, run in runs.items():
+            curves[name] = run.result()
             print(name, figures(name, curves[name], None), file=sys.stderr, flush=True)
     lora = curves.get("adapter=lora")
     print(json.dumps({name: figures(name, curve, lora) for name, curve in curves.items()}, indent=2))

@@ -1,10 +1,11 @@
 """What plan foretells of a run beside what the run takes: trained parameters, the adapter's file, and the memory of a step.
 
-    scripts/bench plan [--only lora,optimizer=muon]
+    scripts/bench plan [--only lora,optimizer=muon] [--tensors]
 
-Prints JSON. Each run takes three steps of a small Llama over full rows, all of whose tokens are trained, in float32 where there
-is no GPU; peaks are those of the second and third step. `..._off` is the prediction over what was measured, less one; `off` names
-those that are more than a tenth away. On a CPU the peak is of the tensors that are there at a time, by their storages.
+Prints JSON; --tensors says, too, which tensors are there at the peak, by shape, type and the operation that made them. Each run
+takes three steps of a small Llama over full rows, all of whose tokens are trained, in float32 where there is no GPU; peaks are
+those of the second and third step. `..._off` is the prediction over what was measured, less one; `off` names those that are more
+than a tenth away. On a CPU the peak is of the tensors that are there at a time, by their storages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +32,8 @@ from raytune_llm import api
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
+from raytune_llm.errors import ConfigError
+from raytune_llm.memory.footprint import WORKSPACE
 from raytune_llm.runs.worker import work
 
 ON_GPU = torch.cuda.is_available()
@@ -78,21 +82,29 @@ CASES = {
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most that tensors made within it take together at any time."""
+    """The most that tensors made within it take together at any time, and what they were then."""
 
     def __init__(self, but: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+        """Bytes by shape, type and operation."""
         self._not_counted = {tensor.untyped_storage()._cdata for tensor in but}
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._live: dict[int, tuple[StorageWeakRef, int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._not_counted:
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._live = {key: (storage, size) for key, (storage, size) in self._live.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+                made = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {func}"
+                known = self._live.get(storage._cdata)
+                if known is None or known[0].expired():
+                    self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), made
+        self._live = {key: known for key, known in self._live.items() if not known[0].expired()}
+        if (held := sum(size for _, size, _ in self._live.values())) > self.peak:
+            self.peak, self.at_peak = held, Counter()
+            for _, size, made in self._live.values():
+                self.at_peak[made] += size
         return out
 
 
@@ -120,7 +132,7 @@ def run_of(words: list[str], rows: Mapping[str, Path], folder: Path) -> TrainRun
     return load_config("train", [*FIXED, *precision, *prompt, *where, *words])
 
 
-def measured(run: TrainRun) -> dict[str, Any]:
+def measured(run: TrainRun, tensors: bool) -> dict[str, Any]:
     device = torch.device("cuda" if ON_GPU else "cpu")
     held = PeakBytes()
 
@@ -129,26 +141,33 @@ def measured(run: TrainRun) -> dict[str, Any]:
         if ON_GPU and step == 1:
             torch.cuda.reset_peak_memory_stats()
         held.peak = 0 if step == 1 else held.peak
+        tensors_at_peak.append(held.at_peak)
         peaks.append(torch.cuda.max_memory_allocated() if ON_GPU else held.peak)
 
     peaks: list[int] = []
+    tensors_at_peak: list[Counter[str]] = []
     store = str(prepare(run.model, run.data, run.resources, kind=run.stage.kind).store.folder)
-    with nullcontext() if ON_GPU else held:
+    with nullcontext() if ON_GPU and not tensors else held:
         work(run, store, None, device=device, on_step=stepped)
+    for made, size in tensors_at_peak[-1].most_common(40 if tensors else 0):
+        print(f"{size / 2**20:9.2f} MiB  {made}", file=sys.stderr)
     [file] = Path(run.output_dir, "final").glob("*.safetensors")
     with safe_open(file, "pt") as weights:
         values = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return {"peak_mib": peaks[-1] / 2**20, "file_mib": file.stat().st_size / 2**20, "saved": values}
 
 
-def compared(words: list[str], rows: Mapping[str, Path]) -> dict[str, Any]:
+def compared(words: list[str], rows: Mapping[str, Path], tensors: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(words, rows, Path(folder))
         foretold = api.plan(run)
-        found = measured(run)
+        found = measured(run, tensors)
+    workspaces = 0 if ON_GPU else 2 * WORKSPACE  # plan is of a GPU
     planned = {
-        "peak_mib": foretold.memory.total / 2**20, "file_mib": foretold.saved_bytes / 2**20, "saved": foretold.parameters.saved,
-    }  # fmt: skip
+        "peak_mib": (foretold.memory.total - workspaces) / 2**20,
+        "file_mib": foretold.saved_bytes / 2**20,
+        "saved": foretold.parameters.saved,
+    }
     off = {f"{name.partition('_')[0]}_off": round(planned[name] / found[name] - 1, 4) for name in planned}
     rounded = {name: round(value, 3) for name, value in found.items()}
     return {"trained": foretold.parameters.trained, **rounded, **off}
@@ -157,13 +176,19 @@ def compared(words: list[str], rows: Mapping[str, Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="cases, separated by commas")
-    only = set(filter(None, parser.parse_args().only.split(",")))
+    parser.add_argument("--tensors", action="store_true", help="what is there at the peak")
+    asked = parser.parse_args()
+    only = set(filter(None, asked.only.split(",")))
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder))
         results = {}
         for name, words in CASES.items():
             if not only or name in only:
-                results[name] = compared(words, rows)
+                try:
+                    results[name] = compared(words, rows, asked.tensors)
+                except ConfigError as error:  # a package that isn't installed here
+                    print(name, error, file=sys.stderr, flush=True)
+                    continue
                 print(name, results[name], file=sys.stderr, flush=True)
     off = [name for name, found in results.items() if any(abs(found[key]) > 0.1 for key in found if key.endswith("_off"))]
     print(json.dumps({**results, "off": off}, indent=2))

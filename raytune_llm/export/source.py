@@ -26,6 +26,7 @@ from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.export.in_quantized import base_in_bits, in_quantized, is_quantized, without_quantization
 from raytune_llm.export.tensors import TensorFact, TensorFiles, Tensors, converted
 from raytune_llm.hub import hub_failures
+from raytune_llm.models.adapters.low_rank import LowRank, added
 from raytune_llm.models.adapters.mergeable import Mergeable
 from raytune_llm.models.adapters.method import tied_ends, ties_ends
 from raytune_llm.models.adapters.saved import changes_one_end, other_base
@@ -177,7 +178,22 @@ class Source:
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor with all adapters merged. Raises ConfigError if the dtype can't represent a value."""
+        if terms := self._terms(name):
+            return added(self.stored.read(name), terms, lambda wide: converted(name, self._summed(name, wide), dtype))
         return converted(name, self._merged(name), dtype)
+
+    def _terms(self, name: str) -> list[LowRank]:
+        """What the adapters add to this weight if all that change it only add to it. Otherwise empty."""
+        if name not in self.facts or self._own_tokens(name) is not None:
+            return []
+        adapters = (*((adapter, 1.0) for adapter in self.under), *self.adapters)
+        changing = [(adapter, factor) for adapter, factor in adapters if name in adapter.wholes or adapter.changes(name)]
+        terms = []
+        for adapter, factor in changing:
+            if name in adapter.wholes or (term := adapter.low_rank(name)) is None:
+                return []
+            terms.append(replace(term, b_OR=factor * term.b_OR))
+        return terms
 
     def _merged(self, name: str) -> Tensor:
         merged = self._without_tokens(name)
@@ -197,11 +213,14 @@ class Source:
         if len(made) == 1 and made[0][1] == 1.0:
             return made[0][0]
         wide = value.float()
-        summed = wide + sum(factor * (one.float() - wide) for one, factor in made)
-        if not all_finite(summed):
-            factors = {adapter.folder: factor for adapter, factor in self.adapters}
+        return self._summed(name, wide + sum(factor * (one.float() - wide) for one, factor in made))
+
+    def _summed(self, name: str, wide: Tensor) -> Tensor:
+        """Raises ConfigError for sums that export.weights made too large."""
+        factors = {adapter.folder: factor for adapter, factor in self.adapters}
+        if list(factors.values()) != [1.0] and not all_finite(wide):
             raise ConfigError("export.weights", f"must result in finite numbers in {name}", got=factors, fix="Lower them.")
-        return summed
+        return wide
 
     def copy_others(self, folder: Path) -> None:
         """The files to copy: tokenizer, generation config, code; not weights and config."""

@@ -25,6 +25,8 @@ NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """torch's dtype -> its name in safetensors files."""
+AHEAD = 2
+"""Tensors that are made while one is written."""
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
@@ -56,7 +58,9 @@ class Tensors(Protocol):
     @property
     def facts(self) -> Mapping[str, TensorFact]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """In memory of its own, which the caller may change."""
+        ...
 
 
 class TensorFiles:
@@ -85,13 +89,15 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         path, start = self._places[name]
         fact = self.facts[name]
-        buffer = bytearray(fact.num_bytes)
-        with open(path, "rb") as file:
+        tensor = torch.empty(fact.shape, dtype=fact.dtype)
+        with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            file.readinto(buffer)
-        if not buffer:
-            return torch.empty(fact.shape, dtype=fact.dtype)
-        return torch.frombuffer(buffer, dtype=fact.dtype).reshape(fact.shape)
+            left = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            while left and (got := file.readinto(left)):
+                left = left[got:]
+        if left:
+            raise DataError(path, f"is cut off: it ends within {name}", "Copy or download it again.")
+        return tensor
 
 
 def _header(path: str) -> tuple[dict[str, Any], int]:
@@ -169,12 +175,12 @@ def write_file(path: Path, facts: Sequence[TensorFact], make: Callable[[str], Te
 
 
 def _made_ahead(facts: Sequence[TensorFact], make: Callable[[str], Tensor]) -> Iterator[tuple[TensorFact, Tensor]]:
-    """The tensors, in order. A thread reads and merges the next one while one is being written."""
-    with ThreadPoolExecutor(1) as thread:
+    """The tensors, in order. While one is written, threads read and merge the next: one reads while another merges."""
+    with ThreadPoolExecutor(AHEAD) as threads:
         coming: deque[tuple[TensorFact, Future[Tensor]]] = deque()
         for fact in facts:
-            coming.append((fact, thread.submit(make, fact.name)))
-            if len(coming) == 2:
+            coming.append((fact, threads.submit(make, fact.name)))
+            if len(coming) > AHEAD:
                 made, future = coming.popleft()
                 yield made, future.result()
         for made, future in coming:

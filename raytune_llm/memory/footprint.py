@@ -42,6 +42,9 @@ USABLE = 0.92
 """The usable fraction of a device's memory. The CUDA context, libraries and gaps between blocks take the rest."""
 TAKES_MASK = {"sdpa"}
 """Attention back ends that need a mask over all pairs of positions."""
+HOPPER = (9, 0)
+WORKSPACE, SMALL_WORKSPACE = 32 * 2**20, 8 * 2**20
+"""What torch gives cuBLAS in each of two threads, of the forward and of the backward pass: since Hopper GPUs, and before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,9 @@ def estimate(run: TrainRun, config: PretrainedConfig, needs: Needs) -> Memory:
     if needs.optimizer.layerwise:
         sizes = sorted((one.numel for one in needs.parameters.trained_shapes), reverse=True)
         states = replace(states, gradients=min(states.gradients, FP32 * sum(sizes[:GRADIENTS_AT_ONCE])))
+    if needs.case.device_type == "cuda":
+        workspace = WORKSPACE if needs.case.capability >= HOPPER else SMALL_WORKSPACE
+        states = replace(states, buffers=states.buffers + 2 * workspace)
     quantization = quantization_of(needs.quantization)
     saved = quantized_bytes(needs.parameters, dtype.itemsize, quantization)
     saved = round(saved * needs.strategy.weights_share(needs.world_size))

@@ -97,7 +97,7 @@ class Memory:
     gradients: int
     optimizer: int
     buffers: int
-    """Temporary gathered or converted copies of weights, and communication buffers."""
+    """Temporary gathered or converted copies of weights, communication buffers, and workspaces of libraries."""
     activations: int
     """Activations of all layers, kept from the forward to the backward pass."""
     logits: int
@@ -109,11 +109,18 @@ class Memory:
     known: int = 0
     """The cached output of frozen first layers, on a CPU."""
 
+    gradients_stay: bool = True
+    """They are there during the forward pass, too."""
+
     @property
     def total(self) -> int:
-        """The peak. Logits are freed before the first layer's backward pass begins, so only the larger of the two counts."""
-        kept = self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.reference + self.known
-        return kept + max(self.logits, self.layer)
+        """The peak. Logits are freed before the first layer's backward pass begins, so only the larger of the two counts.
+        Gradients that don't stay come as activations go: at its end all of them are there, and no activations."""
+        kept = self.weights + self.optimizer + self.buffers + self.reference + self.known
+        begins = self.activations + max(self.logits, self.layer)
+        if self.gradients_stay:
+            return kept + self.gradients + begins
+        return kept + max(begins, self.gradients + self.layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,8 @@ class States:
     buffers: int
     wide_norms: bool
     """Norms have float32 weights and give float32, while products are narrower, so that every linear layer converts its input."""
+    gradients_stay: bool = True
+    """From one step to the next, or from one micro-batch to the next."""
     whole_head: bool = True
     """The head is a single unsharded matrix. If not, its logits are computed again in the backward pass, and none are kept."""
 
@@ -243,6 +252,7 @@ def memory_per_gpu(
         activations=inputs + kept_layers * round(kept * layer) + last_norm + mask_bytes,
         logits=logits + before,
         layer=backward + round((1 - kept) * layer),
+        gradients_stay=states.gradients_stay,
     )
 
 
@@ -295,6 +305,7 @@ def ddp_states(parameters: Parameters, compute: int, world: int, *, optimizer_by
         optimizer=optimizer_bytes,
         buffers=compute * p.trained if compute < FP32 else 0,
         wide_norms=p.frozen == 0 and compute < FP32,
+        gradients_stay=world > 1 or accumulates,
     )
 
 
@@ -326,6 +337,7 @@ def fsdp_states(
         optimizer=on_gpu * optimizer_bytes // shards,
         buffers=compute * gathered,
         wide_norms=False,
+        gradients_stay=accumulates,
     )
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -67,7 +67,9 @@ class Smoke:
         with tempfile.TemporaryDirectory(dir=self._folder) as output:
             model = run.model if run.model.path is None else replace(run.model, path=self._multimodal)
             data = replace(run.data, cache=str(self._folder / "stores"))
-            run = replace(run, model=model, data=data, output_dir=output)
+            # Compiled, each pair would take half a minute.
+            train = replace(run.train, compile=False) if self._device == "cuda" else run.train
+            run = replace(run, model=model, data=data, train=train, output_dir=output)
             try:
                 preflight.check(run, self._workspace)
                 store = str(prepare(run.model, run.data, run.resources, kind=run.stage.kind).store.folder)
@@ -77,7 +79,7 @@ class Smoke:
             losses = [record["loss"] for record in read_metrics(Path(output) / "metrics.jsonl") if "loss" in record]
             assert len(losses) == STEPS and all(map(math.isfinite, losses)), losses
             assert list(Path(output, "final").glob("*.safetensors")), "nothing was saved"
-        return support.RAN
+        return support.RAN_ON_GPU if self._device == "cuda" else support.RAN
 
     def _here(self, run: TrainRun, store: str) -> None:
         work(run, store, None, device=torch.device(self._device), workspace=self._workspace)
@@ -100,7 +102,16 @@ class Smoke:
 
 
 def versions() -> dict[str, str]:
-    return {package: metadata.version(package).partition("+")[0] for package in PACKAGES}
+    installed = {distribution.name for distribution in metadata.distributions()}
+    return {package: metadata.version(package).partition("+")[0] for package in PACKAGES if package in installed}
+
+
+def recorded_with(pairs: Mapping[str, str]) -> dict[str, Any]:
+    """The record with these pairs. The versions are this machine's, which has a GPU or has none; the other's stay."""
+    before = support.recorded() if RECORDED.exists() else {}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    here = {support.CPU: versions()} if gpu is None else {support.GPU: {"device": gpu, **versions()}}
+    return before | here | {"pairs": dict(pairs)}
 
 
 def record(pairs: Iterable[str], known: Mapping[str, str]) -> int:
@@ -115,7 +126,7 @@ def record(pairs: Iterable[str], known: Mapping[str, str]) -> int:
                 found[pair] = f"{support.FAULT}: {str(error).strip().splitlines()[-1]}"
             print(f"{pair}: {found[pair]}", flush=True)
             ordered = {one: said for one in choices if (said := (known | found).get(one)) is not None}
-            RECORDED.write_text(json.dumps({"versions": versions(), "pairs": ordered}, indent=1) + "\n", encoding="utf-8")
+            RECORDED.write_text(json.dumps(recorded_with(ordered), indent=1) + "\n", encoding="utf-8")
     return sum(said.startswith(support.FAULT) for said in found.values())
 
 

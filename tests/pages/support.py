@@ -17,7 +17,10 @@ from raytune_llm.config.options import options
 from raytune_llm.config.run import RUNS, TrainRun
 from raytune_llm.errors import ConfigError
 
-RAN, FAULT = "ran", "fault"
+RAN, RAN_ON_GPU, FAULT = "ran", "ran on a GPU", "fault"
+MARKS = {RAN: RAN, RAN_ON_GPU: "ran, GPU"}
+CPU, GPU = "versions", "versions_on_gpu"
+"""What the record has beside the pairs."""
 NEEDS_GPU = re.compile("needs a .*GPU")
 MODELS = {
     "dense": ["model=tiny_random"],
@@ -59,9 +62,10 @@ This page has every pair of options of `adapter`, `quantization`, `optimizer`, `
 with each kind of model. A pair that the config's rules accept was trained for two steps and saved
 ({versions}).
 `ran` means that this worked. A number refers to the reason below the table why the pair is refused, with the fix (or to a fault,
-which is marked as one). `GPU` means that the pair needs a GPU, which the machine of these runs did not have. Strategies other
-than `ddp` ran with two workers. All other options are LoRA, no quantization, AdamW, `ddp`, `sft` and a small Llama, except that
-some options need others (`loftq` a quantized base, `lomo` and `adalomo` no clipping).
+which is marked as one). `ran, GPU` means that the pair needs a GPU, and ran on one ({gpu}).
+`GPU` means that it needs a GPU and was not run. Strategies other than `ddp` ran with two workers. All other options are LoRA, no
+quantization, AdamW, `ddp`, `sft` and a small Llama, except that some options need others (`loftq` a quantized base, `lomo` and
+`adalomo` no clipping).
 
 Kinds of model: `dense` is a Llama; `mixture` is a Qwen3 with experts; `hybrid` is an LFM2, which needs `data.packing=false`;
 `multimodal` is a Gemma 3 without its vision tower. [models.md](models.md) has all families.
@@ -74,11 +78,12 @@ runs and page consistent, and another test runs a sample of the pairs again.
 def page() -> str:
     found = recorded()
     tables = {pair: cells(*pair, found["pairs"]) for pair in combinations(AXES, 2)}
-    free = [pair for pair, cell in tables.items() if set(cell.values()) == {RAN}]
+    free = [pair for pair, cell in tables.items() if set(cell.values()) <= {RAN, RAN_ON_GPU}]
     lines = [f"- Every `{rows}=` ran with every `{columns}=`." for rows, columns in free]
     shown = (table(*pair, cell) for pair, cell in tables.items() if pair not in free)
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    return "\n".join([HEAD.format(versions=versions), *lines, *([""] if lines else []), *shown])
+    gpu = ", ".join([found[GPU]["device"], *(f"{name} {found[GPU][name]}" for name in ("torch", "transformers", "peft"))])
+    return "\n".join([HEAD.format(versions=versions, gpu=gpu), *lines, *([""] if lines else []), *shown])
 
 
 def recorded() -> dict[str, Any]:
@@ -115,10 +120,10 @@ def cells(rows: str, columns: str, ran: Mapping[str, str]) -> dict[tuple[str, st
 
 def table(rows: str, columns: str, found: Mapping[tuple[str, str], str]) -> str:
     """In Markdown, with the refusals under it."""
-    refusals = dict.fromkeys(said for said in found.values() if said != RAN)
+    refusals = dict.fromkeys(said for said in found.values() if said not in MARKS)
     of_devices = {said: "GPU" for said in refusals if NEEDS_GPU.search(said)}
     numbered = (said for said in refusals if said not in of_devices)
-    marks = {RAN: RAN, **of_devices, **{said: str(number) for number, said in enumerate(numbered, 1)}}
+    marks = {**MARKS, **of_devices, **{said: str(number) for number, said in enumerate(numbered, 1)}}
     lines = [f"## `{rows}=` with `{columns}=`", "", f"| | {' | '.join(f'`{column}`' for column in AXES[columns])} |"]
     lines += ["|---" * (len(AXES[columns]) + 1) + "|"]
     lines += [f"| `{row}` | {' | '.join(marks[found[row, column]] for column in AXES[columns])} |" for row in AXES[rows]]
@@ -126,7 +131,7 @@ def table(rows: str, columns: str, found: Mapping[tuple[str, str], str]) -> str:
 
 
 def _legend(marks: Mapping[str, str]) -> Iterable[str]:
-    return (f"- GPU: {said}" if mark == "GPU" else f"{mark}. {said}" for said, mark in marks.items() if said != RAN)
+    return (f"- GPU: {said}" if mark == "GPU" else f"{mark}. {said}" for said, mark in marks.items() if said not in MARKS)
 
 
 def refusal(choice: Mapping[str, str]) -> str | None:

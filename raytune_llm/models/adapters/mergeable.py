@@ -3,6 +3,7 @@
 PEFT merges. For this, the layer is the only one of a model, under its own name, so that the adapter's config (targets,
 rank_pattern, DoRA, OFT) applies to it as in the whole model. VeRA's random matrices, which all layers share, are made for the
 sizes of all layers. Adapters on a mixture's experts are merged by merged_experts.py.
+Of plain LoRA, PEFT tells the matrices and their scale, and low_rank.py adds them: PEFT makes four copies of a weight in float32.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, PeftModel, VeraConfig, get_peft_model, set_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llm.errors import ConfigError, last_line
+from raytune_llm.models.adapters.low_rank import LowRank
 from raytune_llm.models.adapters.merged_experts import MergedExperts, layer_of
 from raytune_llm.models.adapters.saved import PREFIX, WEIGHTS, read_config, token_ids_of
 from raytune_llm.models.finite import all_finite
 
+KEY = "default"
+"""PEFT's name of an adapter that gets none."""
 BASE = ".base_layer.weight"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 OF_ADAPTERS = (".lora_", ".oft_", ".boft_", ".hada_", ".lokr_", ".vera_", ".ia3_", ".ln_tuning_", ".hra_")
@@ -175,14 +180,28 @@ class Mergeable:
         if self._experts is not None and name in self._experts.names:
             return self._experts.merged(name, value, self._read_of_experts)
         layer, _, part = name.rpartition(".")
+        adapted = self._adapted(layer, {part: value.to(torch.float32, copy=True)})
+        return adapted.merge_and_unload().get_submodule(layer).get_parameter(part).data
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """What it adds to a weight that it changes; None where it does more than to add a product."""
+        layer, _, part = name.rpartition(".")
+        if part != "weight" or layer not in self._keys or layer in self._bases or not isinstance(self._config, LoraConfig):
+            return None
+        one: Any = self._adapted(layer, {}).get_submodule(f"{PREFIX}{layer}")
+        if type(one) is not Linear or KEY in one.lora_variant:
+            return None
+        return LowRank(one.scaling[KEY] * one.lora_B[KEY].weight.data.float(), one.lora_A[KEY].weight.data.float())
+
+    def _adapted(self, layer: str, own: Mapping[str, Tensor]) -> PeftModel:
+        """PEFT's model of this layer alone, with the adapter on it. own: as `_alone` takes it."""
         tensors = self._read(self._keys[layer])
         shape = self._shapes[layer]
         if layer in self._bases and (saved := self._read([self._bases[layer]])[self._bases[layer]]).shape != tuple(shape):
             raise self._unfit(layer, f"it is {list(saved.shape)} there and {list(shape)} in the base")
-        own = {part: value.to(torch.float32, copy=True)}
         adapted = self._around(_alone(layer, shape, own, is_embedding=_embeds(tensors)), layer)
         for shared, whole in self._shared_by_layers.items():
-            getattr(adapted.base_model, shared)["default"] = whole
+            getattr(adapted.base_model, shared)[KEY] = whole
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Specified to not load vera_A")
@@ -191,7 +210,7 @@ class Mergeable:
             raise self._unfit(layer, last_line(error)) from None
         if found.unexpected_keys or any(not key.endswith((".weight", ".bias")) for key in found.missing_keys):
             raise self._unfit(layer, f"tensors don't fit ({[*found.unexpected_keys, *found.missing_keys][0]})")
-        return adapted.merge_and_unload().get_submodule(layer).get_parameter(part).data
+        return adapted
 
     @cached_property
     def _shared_by_layers(self) -> Mapping[str, Tensor]:
@@ -203,9 +222,9 @@ class Mergeable:
         largest = [max(shape[axis] for shape in self._shapes.values()) for axis in (0, 1)]
         layer = next(iter(self._shapes))
         made = self._around(_alone(layer, largest, {}, is_embedding=False), layer).base_model
-        return {name: getattr(made, name)["default"] for name in SHARED.values()}
+        return {name: getattr(made, name)[KEY] for name in SHARED.values()}
 
-    def _around(self, one: nn.Module, layer: str) -> Any:
+    def _around(self, one: nn.Module, layer: str) -> PeftModel:
         """PEFT's model with a new adapter around the model with one layer."""
         config = copy.deepcopy(self._config)
         config.task_type, config.modules_to_save, config.base_model_name_or_path = None, None, None
@@ -220,9 +239,13 @@ class Mergeable:
         assert isinstance(adapted, PeftModel)
         return adapted
 
+    @cached_property
+    def _tensors(self) -> Any:
+        """The file, which stays open: to open it is to read what it says of all its tensors."""
+        return safe_open(self._file, framework="pt")
+
     def _read(self, keys: list[str]) -> dict[str, Tensor]:
-        with safe_open(self._file, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in keys}
+        tensors = {key: self._tensors.get_tensor(key) for key in keys}
         if lost := [key for key, tensor in tensors.items() if tensor.is_floating_point() and not all_finite(tensor)]:
             rule = f"must have finite weights: {lost[0]} has NaN or infinite ones"
             raise ConfigError(self.setting, rule, got=self.folder, fix="Take an earlier checkpoint, or train it again.")

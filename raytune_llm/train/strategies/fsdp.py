@@ -22,6 +22,8 @@ from raytune_llm.train.strategies.base import Training
 from raytune_llm.train.strategies.layerwise import check_accumulates
 from raytune_llm.train.strategies.own_optimizer import OwnOptimizer
 
+TORCH_OF_WHOLE_NUMBERS = (2, 13)
+"""2.11 can't (tried), 2.13 can."""
 RESHARD = {"full": True, "grad_only": False}
 
 
@@ -58,6 +60,7 @@ class FSDPStrategy(OwnOptimizer):
         }
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
+                check_torch(torch.__version__)
                 module.shard()
         units: list[Any] = list(layers(model))
         for unit in (*units, model):
@@ -113,6 +116,13 @@ class FSDPStrategy(OwnOptimizer):
             yield
         finally:
             self.model.reshard()
+
+
+def check_torch(version: str) -> None:
+    """Raises ConfigError for a torch whose fully_shard wants gradients of every weight, which whole numbers can't have."""
+    if tuple(map(int, version.split(".")[:2])) < TORCH_OF_WHOLE_NUMBERS:
+        rule = f"can't shard a quantized base with torch {version.partition('+')[0]}"
+        raise ConfigError("strategy", rule, fix="Install torch 2.13, or set strategy=ddp, or quantization=none.")
 
 
 @cache

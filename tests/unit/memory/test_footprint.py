@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from raytune_llm.config.load import load_config
-from raytune_llm.memory.footprint import estimate, needs_of
+from raytune_llm.memory.footprint import SMALL_WORKSPACE, WORKSPACE, estimate, needs_of
 from raytune_llm.memory.model import Memory
 from raytune_llm.models.attention import case_of
 from tests.models import LLAMA3_8B
@@ -20,7 +22,12 @@ def expected(capability: tuple[int, int] | None = None, dtype: torch.dtype = tor
 
 
 def test_a_gpu_that_is_not_known_is_one_of_today():
-    assert expected() == expected((9, 0)) == expected((8, 0))
+    assert expected() == expected((9, 0))
+
+
+def test_an_older_gpu_differs_by_its_smaller_workspaces_alone():
+    ampere = expected((8, 0))
+    assert replace(ampere, buffers=ampere.buffers + 2 * (WORKSPACE - SMALL_WORKSPACE)) == expected((9, 0))
 
 
 def test_a_gpu_without_flash_attention_holds_a_mask_of_every_pair_of_positions():
