@@ -191,7 +191,8 @@ class Mergeable:
         one: Any = self._adapted(layer, {}).get_submodule(f"{PREFIX}{layer}")
         if type(one) is not Linear or KEY in one.lora_variant:
             return None
-        return LowRank(one.scaling[KEY] * one.lora_B[KEY].weight.data.float(), one.lora_A[KEY].weight.data.float())
+        a_RK, b_OR = (half[KEY].get_parameter("weight").data.float() for half in (one.lora_A, one.lora_B))
+        return LowRank(one.scaling[KEY] * b_OR, a_RK)
 
     def _adapted(self, layer: str, own: Mapping[str, Tensor]) -> PeftModel:
         """PEFT's model of this layer alone, with the adapter on it. own: as `_alone` takes it."""
