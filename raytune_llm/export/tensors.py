@@ -92,7 +92,7 @@ class TensorFiles:
         tensor = torch.empty(fact.shape, dtype=fact.dtype)
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            left = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            left = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
             while left and (got := file.readinto(left)):
                 left = left[got:]
         if left:
