@@ -33,24 +33,31 @@ from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError
-from raytune_llm.memory.footprint import WORKSPACE
 from raytune_llm.runs.worker import work
 
 ON_GPU = torch.cuda.is_available()
-SCALE = 4 if ON_GPU else 1
-"""There, blocks of memory would be large beside a small model."""
-TOKENS = 512 * SCALE
-LLAMA = {
-    "model_type": "llama", "vocab_size": 2048 * SCALE, "hidden_size": 256 * SCALE, "intermediate_size": 704 * SCALE,
-    "num_hidden_layers": 8, "num_attention_heads": 4 * SCALE, "num_key_value_heads": 2 * SCALE,
-    "max_position_embeddings": 2048, "tie_word_embeddings": "false",
-}  # fmt: skip
-FIXED = [
-    "model=tiny_random", f"model.config={{{','.join(f'{key}:{value}' for key, value in LLAMA.items())}}}", "resources=inline",
-    "tracking=none", "data=chat", "data.train_on_prompt=true", f"data.max_length={TOKENS}", "data.eval_fraction=0",
-    "train.max_steps=3", "train.epochs=100", "train.global_batch_size=1", "train.activation_checkpointing=none",
-    "train.compile=false",
-]  # fmt: skip
+
+
+def tokens(on_gpu: bool) -> int:
+    """Of a row. On a GPU all is larger: blocks of memory would be large beside a small model."""
+    return 2048 if on_gpu else 512
+
+
+def fixed(on_gpu: bool) -> list[str]:
+    scale = 4 if on_gpu else 1
+    llama = {
+        "model_type": "llama", "vocab_size": 2048 * scale, "hidden_size": 256 * scale, "intermediate_size": 704 * scale,
+        "num_hidden_layers": 8, "num_attention_heads": 4 * scale, "num_key_value_heads": 2 * scale,
+        "max_position_embeddings": 2048, "tie_word_embeddings": "false",
+    }  # fmt: skip
+    return [
+        "model=tiny_random", f"model.config={{{','.join(f'{key}:{value}' for key, value in llama.items())}}}", "resources=inline",
+        "tracking=none", "data=chat", "data.train_on_prompt=true", f"data.max_length={tokens(on_gpu)}", "data.eval_fraction=0",
+        "train.max_steps=3", "train.epochs=100", "train.global_batch_size=1", "train.activation_checkpointing=none",
+        "train.compile=false", *([] if on_gpu else ["train.precision=fp32"]),
+    ]  # fmt: skip
+
+
 ADAPTERS = {
     "none": [], "freeze": [], "llama_pro": [], "lora": [], "rslora": [], "lora_plus": [], "dora": [], "pissa": [], "eva": [],
     "oft": [], "vera": ["adapter.rank=64"], "ia3": [], "loftq": ["quantization=bnb_nf4"],
@@ -108,9 +115,13 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-def write_rows(folder: Path) -> dict[str, Path]:
+def write_rows(folder: Path, on_gpu: bool = ON_GPU) -> dict[str, Path]:
     """By data=: rows that are longer than data.max_length."""
-    asked, answer, other = [{"role": "user", "content": "?"}], {"role": "assistant", "content": "yes " * TOKENS}, "no " * TOKENS
+    asked, answer, other = (
+        [{"role": "user", "content": "?"}],
+        {"role": "assistant", "content": "yes " * tokens(on_gpu)},
+        "no " * tokens(on_gpu),
+    )
     pair = {"messages": asked, "chosen": answer, "rejected": answer | {"content": other}}
     rows: dict[str, list[dict[str, Any]]] = {
         "chat": [{"messages": [*asked, answer]}],
@@ -124,12 +135,11 @@ def write_rows(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def run_of(words: list[str], rows: Mapping[str, Path], folder: Path) -> TrainRun:
+def run_of(words: list[str], rows: Mapping[str, Path], folder: Path, on_gpu: bool = ON_GPU) -> TrainRun:
     data = next((word.partition("=")[2] for word in words if word.startswith("data=")), "chat")
-    precision = [] if ON_GPU else ["train.precision=fp32"]
     prompt = ["data.train_on_prompt=false"] if data != "chat" else []
     where = [f"data.path={rows[data]}", f"data.cache={folder / 'stores'}", f"output_dir={folder / 'run'}"]
-    return load_config("train", [*FIXED, *precision, *prompt, *where, *words])
+    return load_config("train", [*fixed(on_gpu), *prompt, *where, *words])
 
 
 def measured(run: TrainRun, tensors: bool) -> dict[str, Any]:
@@ -162,9 +172,8 @@ def compared(words: list[str], rows: Mapping[str, Path], tensors: bool) -> dict[
         run = run_of(words, rows, Path(folder))
         foretold = api.plan(run)
         found = measured(run, tensors)
-    workspaces = 0 if ON_GPU else 2 * WORKSPACE  # plan is of a GPU
     planned = {
-        "peak_mib": (foretold.memory.total - workspaces) / 2**20,
+        "peak_mib": foretold.memory.total / 2**20,
         "file_mib": foretold.saved_bytes / 2**20,
         "saved": foretold.parameters.saved,
     }

@@ -231,10 +231,11 @@ def memory_per_gpu(
     """
     d = dimensions
     trains_all = parameters.frozen == 0
-    layer = tokens * _layer_bytes(
-        d, compute, trains_all=trains_all, wide_norms=states.wide_norms, dropout=dropout, adapter=adapter, compiled=compiled
-    )
     kept_layers = max(d.layers - parameters.frozen_first, 0)
+    trains_layers = trains_all or (kept_layers > 0 and parameters.trained >= kept_layers * parameters.layer)
+    layer = tokens * _layer_bytes(
+        d, compute, trains_all=trains_layers, wide_norms=states.wide_norms, dropout=dropout, adapter=adapter, compiled=compiled
+    )
     inputs = tokens * compute * d.hidden * (0 if kept == 1 else min(kept_layers, IN_FLIGHT) if inputs_leave else kept_layers)
     # Gradients of the MLP's product and of its two factors, and of the input of a norm in float32.
     backward = tokens * (3 * compute * d.intermediate + 2 * FP32 * d.hidden)
@@ -281,7 +282,7 @@ def _layer_bytes(
     converts = wide_norms or (adapter.converts and compute < FP32)
     inputs = compute * ((5 if converts else 2) * d.hidden + (0 if product_again else d.intermediate)) if adapter.inputs else 0
     if adapter.converts and compute < FP32:
-        inputs += compute * d.query
+        inputs += compute * d.query if adapter.inputs else FP32 * d.intermediate
     if dropout:
         inputs += (compute + 1) * ((5 if adapter.alone else 2) * d.hidden + d.query + d.intermediate)
     return norms + attention + mlp + inputs + outputs

@@ -110,7 +110,7 @@ def recorded_with(pairs: Mapping[str, str]) -> dict[str, Any]:
     """The record with these pairs. The versions are this machine's, which has a GPU or has none; the other's stay."""
     before = support.recorded() if RECORDED.exists() else {}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    here = {support.CPU: versions()} if gpu is None else {support.GPU: {"device": gpu, **versions()}}
+    here: dict[str, Any] = {support.CPU: versions()} if gpu is None else {support.GPU: {"device": gpu, **versions()}}
     return before | here | {"pairs": dict(pairs)}
 
 

@@ -1,0 +1,30 @@
+"""What plan foretells beside the peaks that `scripts/bench plan` measured on a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plan import CASES, run_of, write_rows
+from raytune_llm import api
+from raytune_llm.runs import plan
+from raytune_llm.runs.plan import Device
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "plan-1x-nvidia-h200-2026-11-30.json"
+MEASURED = json.loads(RESULTS.read_text())["results"]
+SOME = (
+    "adapter=none", "adapter=freeze", "adapter=llama_pro", "adapter=lora", "adapter=dora", "adapter=oft", "adapter=vera",
+    "adapter=ia3", "quantization=bnb_nf4", "quantization=bnb_int8", "adapter=ia3 quantization=bnb_int8", "adapter.dropout=0.1",
+    "adapter.rank=64", "adapter.last_layers=2", "optimizer=adamw_8bit", "optimizer=galore", "optimizer=muon", "optimizer=sgd",
+    "stage=dpo", "stage=reward", "stage=kto", "stage=dpo adapter=none", "train.activation_checkpointing=full",
+    "train.precision=bf16 adapter=none", "train.micro_batch_size=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*(SOME), *(pytest.param(case, marks=pytest.mark.long) for case in CASES if case not in SOME)])
+def test_the_peak_is_foretold_within_a_tenth(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "gpus_here", lambda: [Device(name="H200", memory=141 * 10**9)])
+    foretold = api.plan(run_of(CASES[case], write_rows(tmp_path, on_gpu=True), tmp_path, on_gpu=True)).memory.total
+    assert foretold / 2**20 == pytest.approx(MEASURED[case]["peak_mib"], rel=0.1)
