@@ -113,5 +113,5 @@ def test_a_package_that_reads_them_and_is_missing_is_named(folder: Path, monkeyp
 def test_what_can_not_be_trained_on_is_refused_by_name_before_anything_is_loaded(method: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     say(folder, quant_method=method, bits=4)
-    with pytest.raises(ConfigError, match=rf"model\.path must hold weights .* by {method}, which can't be"):
+    with pytest.raises(ConfigError, match=rf"model\.path must have weights .* by {method}, which can't be"):
         load_config(str(folder), {})
