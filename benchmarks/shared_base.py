@@ -107,7 +107,7 @@ def in_one_pass(run: TrainRun, step: Step, trials: int, device: torch.device) ->
     policy.train()
     pass_, members = SharedPass(policy, at_once=builder.at_once), []
     settings: Any = loop.LoopSettings(
-        total_steps=10**6, pause_step=None, learning_rate=lambda step: 1e-5, log_every=10**6, eval_every=None,
+        total_steps=10**6, pause_step=None, learning_rate=lambda step: 1e-5, log_every=10**6, eval_every=None, eval_steps=None,
         eval_on_start=False, save_every=None, save_best=False, early_stopping=None, max_nonfinite_steps=0, seed=0,
     )  # fmt: skip
     for number in range(trials):
