@@ -189,12 +189,9 @@ class LowRank(Layered):
         by_name = self.targets == "all-linear" or not isinstance(self.targets, str)
         return by_name and self.layers is None and not self.modules_to_save and not self.rank_pattern
 
-    @property
-    def refuses_partitioned(self) -> str | None:  # type: ignore[override]
-        return READS_WEIGHTS if self.dora else None
-
     trains_tokens: ClassVar[bool] = True
     refuses_quantized: ClassVar[str | None] = None
+    refuses_partitioned: ClassVar[str | None] = None
 
 
 @section
@@ -220,7 +217,7 @@ class LoRA(LowRank):
 
     @property
     def refuses_partitioned(self) -> str | None:  # type: ignore[override]
-        return READS_WEIGHTS if self.experts else super().refuses_partitioned
+        return "adapter.experts=true adds to the weights that it is on" if self.experts else None
 
     @property
     def refuses_compiled(self) -> str | None:  # type: ignore[override]

@@ -298,11 +298,6 @@ def test_blocks_of_oft_must_divide_what_they_turn() -> None:
     [
         (["adapter=freeze", "quantization=bnb_nf4"], r"quantization can't be bnb_nf4 (if|with) adapter"),
         (["adapter=freeze", "quantization=fp8"], r"quantization can't be fp8 with adapter=freeze: its model is saved whole"),
-        (["adapter=dora", "strategy=zero3", "resources=local"], r"strategy can't be zero3 with adapter=dora"),
-        (
-            ["adapter=pissa", "adapter.dora=true", "strategy=zero3", "resources=local"],
-            "can't be zero3 with adapter=pissa with dora",
-        ),
         (["adapter=dora", "adapter.experts=true"], r"adapter\.experts must be false with adapter\.dora=true"),
     ],
 )
