@@ -1,10 +1,11 @@
 """Answers for a data set on this machine: SmolLM2 over requests to a smart home, whole commands; beside LLaMA-Factory's
 `predict_with_generate` where it is installed.
 
-    scripts/bench predict [--rows 1000] [--new-tokens 64] [--llamafactory /path/to/its/python]
+    scripts/bench predict [--rows 1000] [--new-tokens 64] [--llamafactory /path/to/its/python] [--batches 1 32]
 
 Both load the model, answer greedily in the same precision, and write answers and metrics. A row that reached its end sooner has
-fewer tokens, so answers are counted, not tokens. `same_answers` is the fraction of texts that are equal.
+fewer tokens, so answers are counted, not tokens. LLaMA-Factory generates --batches rows at once: 1 is what its own example of
+predictions sets. `same_answers` is the fraction of texts that are equal.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from raytune_llm import packaged
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH = 32
-"""Rows that are generated at once, by each."""
+"""Rows that are generated at once by ours."""
 
 
 def write_rows(path: Path, number: int) -> None:
@@ -60,20 +61,20 @@ def ours(folder: Path, rows: Path, new_tokens: int, precision: str) -> tuple[flo
     return timed(command, folder / "ours.log"), answers(folder / "ours" / "predictions.jsonl")
 
 
-def llamafactory(python: str, folder: Path, rows: Path, new_tokens: int, precision: str) -> tuple[float, list[str]]:
+def llamafactory(python: str, folder: Path, rows: Path, new_tokens: int, precision: str, batch: int) -> tuple[float, list[str]]:
     (folder / "dataset_info.json").write_text(json.dumps({"asked": {"file_name": str(rows)}}))
     settings = {
         "model_name_or_path": packaged.resolve(MODEL), "stage": "sft", "do_predict": True, "predict_with_generate": True,
         "eval_dataset": "asked", "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": 1024,
-        "per_device_eval_batch_size": BATCH, "max_new_tokens": new_tokens, "do_sample": False,
-        "output_dir": str(folder / "theirs"), "report_to": "none", "use_cpu": True, "bf16": precision == "bf16",
+        "per_device_eval_batch_size": batch, "max_new_tokens": new_tokens, "do_sample": False,
+        "output_dir": str(folder / f"theirs-{batch}"), "report_to": "none", "use_cpu": True, "bf16": precision == "bf16",
         "infer_dtype": {"bf16": "bfloat16", "fp32": "float32"}[precision],
     }  # fmt: skip
     (folder / "theirs.yaml").write_text(json.dumps(settings))  # JSON is YAML
     command = [str(Path(python).with_name("llamafactory-cli")), "train", str(folder / "theirs.yaml")]
     environment = {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     seconds = timed(command, folder / "theirs.log", environment)
-    return seconds, answers(folder / "theirs" / "generated_predictions.jsonl")
+    return seconds, answers(folder / f"theirs-{batch}" / "generated_predictions.jsonl")
 
 
 def main() -> None:
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
     parser.add_argument("--llamafactory", help="the Python that has LLaMA-Factory 0.9.5")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, BATCH], help="rows at once, of LLaMA-Factory")
     asked = parser.parse_args()
     packaged.resolve(MODEL)  # its files are made once, in nobody's time
     with tempfile.TemporaryDirectory() as place:
@@ -91,11 +93,14 @@ def main() -> None:
         seconds, said = ours(folder, rows, asked.new_tokens, asked.precision)
         assert len(said) == asked.rows, "each row is answered once"
         result: dict[str, Any] = {"rows": asked.rows, "ours": {"wall_s": round(seconds, 1), "rows_per_s": asked.rows / seconds}}
-        if asked.llamafactory:
-            theirs, other = llamafactory(asked.llamafactory, folder, rows, asked.new_tokens, asked.precision)
-            result["llamafactory"] = {"wall_s": round(theirs, 1), "rows_per_s": asked.rows / theirs}
-            result["times_llamafactory"] = round(theirs / seconds, 2)
-            result["same_answers"] = round(sum(map(str.__eq__, said, other)) / len(said), 3)
+        for batch in asked.batches if asked.llamafactory else ():
+            theirs, other = llamafactory(asked.llamafactory, folder, rows, asked.new_tokens, asked.precision, batch)
+            result[f"llamafactory_batch_{batch}"] = {
+                "wall_s": round(theirs, 1),
+                "rows_per_s": asked.rows / theirs,
+                "times": round(theirs / seconds, 2),
+                "same_answers": round(sum(map(str.__eq__, said, other)) / len(said), 3),
+            }
     print(json.dumps(result, indent=1))
 
 
