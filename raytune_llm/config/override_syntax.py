@@ -184,14 +184,18 @@ def _literal(value: str) -> str:
         return value
 
 
+ANCHOR = "^"
+
+
 def _unwritable(value: str) -> str | None:
-    """A key of an object (not of a text in braces) that can't be written in Hydra's grammar, where there is one."""
+    """A regular expression as a key of an object (not of a text in braces) that can't be written in Hydra's grammar. Other such
+    keys are left to settings that also take a text, as model.new_tokens does."""
     try:
         node = yaml.load(value, yaml.BaseLoader) if value.startswith("{") else None
     except YAMLError:
         return None
     named = node if isinstance(node, dict) else {}
-    return next((key for key, item in named.items() if item != "" and not is_read(f"key={{{_escaped(key)}:1}}")), None)
+    return next((key for key, item in named.items() if item != "" and ANCHOR in key), None)
 
 
 def _escaped(key: str) -> str:

@@ -282,7 +282,7 @@ def _layer_bytes(
     converts = wide_norms or (adapter.converts and compute < FP32)
     inputs = compute * ((5 if converts else 2) * d.hidden + (0 if product_again else d.intermediate)) if adapter.inputs else 0
     if adapter.converts and compute < FP32:
-        inputs += compute * d.query if adapter.inputs else FP32 * d.intermediate
+        inputs += compute * (d.query if adapter.inputs else d.intermediate)
     if dropout:
         inputs += (compute + 1) * ((5 if adapter.alone else 2) * d.hidden + d.query + d.intermediate)
     return norms + attention + mlp + inputs + outputs
