@@ -95,8 +95,9 @@ def test_two_workers_give_the_numbers_of_one_and_keep_nothing_of_a_run(
     before = two_workers.call(left_in_process)
     two_workers.run(run, str(prepare(plain.model, plain.data, plain.resources).store.folder))
     assert_same_run(plain, run)
-    for (_, values), (own, left) in zip(before, two_workers.call(left_in_process), strict=True):
-        assert own and left <= values
+    for (was_own, values), (own, left) in zip(before, two_workers.call(left_in_process), strict=True):
+        assert own or not was_own, "a run that was cut off in these workers may have left DeepSpeed's"
+        assert left <= values
 
 
 IN_BITS = [("bnb_nf4", "ddp"), ("bnb_nf4", "fsdp"), ("bnb_int8", "fsdp"), ("bnb_int8", "zero1"), ("bnb_nf4", "zero2")]
