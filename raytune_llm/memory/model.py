@@ -108,7 +108,6 @@ class Memory:
     """A separate reference model, or copies of the trained weights, at the start and now."""
     known: int = 0
     """The cached output of frozen first layers, on a CPU."""
-
     gradients_stay: bool = True
     """They are there during the forward pass, too."""
 
@@ -265,11 +264,9 @@ def _layer_bytes(
     - A norm keeps its input in float32 and, if its weight is trained, the normalized input.
     - Attention keeps queries, keys, values and its result.
     - The MLP keeps gate, activated gate and up. With LoRA it keeps only gate and up, from which the input of down is computed
-    again,
-      unless that has dropout.
+      again, unless that has dropout.
     - A linear layer with trained parameters keeps its input: one copy for layers with the same input, unless each converts it.
-    With
-      dropout it also keeps the input after dropout, and a mask of one byte per value.
+      With dropout it also keeps the input after dropout, and a mask of one byte per value.
     - Compiled, a norm keeps its input in its own type, and the activated gate is computed again.
     """
     product_again = not trains_all and not dropout and not adapter.alone
