@@ -17,13 +17,14 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,13 +64,13 @@ def questions(number: int, seed: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def served(command: list[str], environment: Mapping[str, str], port: int, log: Path) -> Iterator[str]:
+def served(command: list[str], environment: Mapping[str, str], log: Path, url_in: Callable[[str], str | None]) -> Iterator[str]:
+    """The server's URL. url_in: reads it from what the server has printed so far; None: it is not known yet."""
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment})
-    url = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + START_S
-        while not _answers(url):
+        while (url := url_in(log.read_text())) is None or not _answers(url):
             if process.poll() is not None or time.monotonic() > until:
                 raise SystemExit(log.read_text()[-3000:])
             time.sleep(0.5)
@@ -80,23 +81,32 @@ def served(command: list[str], environment: Mapping[str, str], port: int, log: P
 
 
 def ours(adapters: Mapping[str, Path], folder: Path) -> contextlib.AbstractContextManager[str]:
-    port = _free_port()
     names = ", ".join(f"{name}: '{path}'" for name, path in adapters.items())
     command = [
-        sys.executable, "-m", "raytune_llm", "serve", "model=smollm2_135m", f"serve.adapters={{{names}}}", f"serve.port={port}",
+        sys.executable, "-m", "raytune_llm", "serve", "model=smollm2_135m", f"serve.adapters={{{names}}}", "serve.port=0",
         f"serve.max_adapters={max(ADAPTERS)}", "serve.max_rank=8", "serve.precision=bf16", "serve.base_name=base",
     ]  # fmt: skip
-    return served(command, {}, port, folder / "ours.log")
+    return served(command, {}, folder / "ours.log", _ready_at)
 
 
-def llamafactory(python: str, folder: Path) -> contextlib.AbstractContextManager[str]:
-    port = _free_port()
+def _ready_at(said: str) -> str | None:
+    found = re.search(r"^ready at (\S+)$", said, re.MULTILINE)
+    return found and found[1]
+
+
+@contextlib.contextmanager
+def llamafactory(python: str, folder: Path) -> Iterator[str]:
+    with _kept_port() as port, _llamafactory(python, folder, port) as url:
+        yield url
+
+
+def _llamafactory(python: str, folder: Path, port: int) -> contextlib.AbstractContextManager[str]:
     settings = {"model_name_or_path": packaged.resolve(MODEL), "template": "smollm2", "infer_backend": "huggingface"}
     settings |= {"infer_dtype": "bfloat16", "trust_remote_code": False}
     (folder / "theirs.yaml").write_text(json.dumps(settings))  # JSON is YAML
     environment = {"API_PORT": str(port), "API_HOST": "127.0.0.1", "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     command = [str(Path(python).with_name("llamafactory-cli")), "api", str(folder / "theirs.yaml")]
-    return served(command, environment, port, folder / "theirs.log")
+    return served(command, environment, folder / "theirs.log", lambda said: f"http://127.0.0.1:{port}")
 
 
 def _answers(url: str) -> bool:
@@ -105,10 +115,14 @@ def _answers(url: str) -> bool:
     return False
 
 
-def _free_port() -> int:
+@contextlib.contextmanager
+def _kept_port() -> Iterator[int]:
+    """A port that no other process is given inside the block. uvicorn opens it, since both sockets have SO_REUSEADDR (on Linux,
+    as long as only one of them listens)."""
     with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+        yield one.getsockname()[1]
 
 
 # Clients --------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from raytune_llm.config.run import ADMIN_KEY, API_KEY, ServeRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.serve.app import APP, ENGINE, INGRESS_CPUS, TRANSPORT, application, deploy_config, http_options
 from raytune_llm.serve.engines import base_name, check_names, check_servable, other_bases
-from raytune_llm.serve.port import bound, url_of
+from raytune_llm.serve.port import kept_for_ray, url_of
 from raytune_llm.serve.replica import REFUSED, BuildEngine
 
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its messages about the deployment would repeat ours
@@ -63,10 +63,14 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
 
     notify: called with one line of text at each stage. build: makes the engine, in place of the one in the settings.
     """
+    check_names(run.model, run.serve)
+    with _port(run) as port:
+        _serve(run, port, notify, build)
+
+
+def _serve(run: ServeRun, port: int, notify: Notify, build: BuildEngine | None) -> None:
     resources = run.resources
     assert uses_ray(resources)
-    check_names(run.model, run.serve)
-    port = _port(run)
     if build is None:
         check_servable(run.model, run.quantization, run.engine, run.serve)
         for line in other_bases(run.model, run.serve):
@@ -99,15 +103,17 @@ def serve_on_ray(run: ServeRun, *, notify: Notify, build: BuildEngine | None = N
 # Before anything is deployed ----------------------------------------------------------------------------------------------
 
 
-def _port(run: ServeRun) -> int:
+@contextmanager
+def _port(run: ServeRun) -> Iterator[int]:
     """The port to serve on; a free one if serve.port is 0. Whether it is free on a cluster's nodes can't be checked here."""
     if on_cluster(run.resources):
         if run.serve.port == 0:
             fix = "For example, serve.port=8000."
             raise ConfigError("serve.port", "must be given with resources=cluster: every node uses the same port", got=0, fix=fix)
-        return run.serve.port
-    with closing(bound(run.serve.host, run.serve.port)) as listening:
-        return listening.getsockname()[1]
+        yield run.serve.port
+        return
+    with kept_for_ray(run.serve.host, run.serve.port) as port:
+        yield port
 
 
 def _placed(run: ServeRun) -> ServeRun:

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 BINARIES = Path(sys.executable).parent
+SAID = "start.txt"
 STARTS = 3
 """A port that was free may be another process's when the head opens it; the head ends then."""
 
@@ -31,48 +33,81 @@ def free_port() -> int:
 @contextmanager
 def ray_head(*, cpus: int = 2, **environment: str) -> Iterator[str]:
     """The address of its dashboard."""
-    folder = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # short: sockets lie in it
-    said = Path(folder) / "start.txt"
+    url = ""
+
+    def options() -> list[str]:
+        nonlocal url
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        return [
+            "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+            f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
+            f"--metrics-export-port={free_port()}",
+        ]  # fmt: skip
+
+    with _head(options, lambda folder: _answers(f"{url}/api/version"), cpus, environment):
+        yield url
+
+
+@contextmanager
+def head_to_kill() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The address of a head of one CPU without a dashboard, and its process."""
+    address = "ray_current_cluster"  # Ray's file
+
+    with _head(lambda: ["--include-dashboard=false"], lambda folder: (folder / address).exists(), 1, {}) as (folder, head):
+        yield (folder / address).read_text().strip(), head
+
+
+@contextmanager
+def _head(
+    options: Callable[[], Sequence[str]], is_up: Callable[[Path], bool], cpus: int, environment: Mapping[str, str]
+) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """Its folder and its process. is_up: called with the folder. It is started again on other ports if it could not open one."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     variables |= {"PATH": f"{BINARIES}:{variables['PATH']}", "RAY_AUTH_MODE": "disabled", **environment}
+    folders: list[Path] = []
     heads: list[subprocess.Popen[bytes]] = []
     try:
         while True:
-            port = free_port()
-            heads.append(_start(folder, port, cpus, said, variables))
-            if _comes_up(f"http://127.0.0.1:{port}/api/version", heads[-1]):
+            folders.append(Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp")))  # short: sockets lie in it
+            heads.append(_start(folders[-1], cpus, options(), variables))
+            if _comes_up(lambda: is_up(folders[-1]), heads[-1]):
                 break
             _end(heads[-1])
-            assert len(heads) < STARTS, said.read_text()
-        yield f"http://127.0.0.1:{port}"
+            assert len(heads) < STARTS, (folders[-1] / SAID).read_text()
+        yield folders[-1], heads[-1]
     finally:
         _end(heads[-1])
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: str, port: int, cpus: int, said: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    options = [
-        f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--num-cpus={cpus}",
-        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
-        f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
-        "--min-worker-port=0", "--max-worker-port=0", f"--metrics-export-port={free_port()}", "--disable-usage-stats",
+def _start(folder: Path, cpus: int, options: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    command = [
+        f"{BINARIES}/ray", "start", "--head", "--block", f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--port=0",
+        f"--num-cpus={cpus}", f"--ray-client-server-port={free_port()}", "--disable-usage-stats", *options,
     ]  # fmt: skip
-    command = [f"{BINARIES}/ray", "start", "--head", "--block", *options]
-    with said.open("w") as file:
+    with (folder / SAID).open("w") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=variables, cwd=folder)
 
 
-def _comes_up(url: str, head: subprocess.Popen[bytes]) -> bool:
+def _comes_up(is_up: Callable[[], bool], head: subprocess.Popen[bytes]) -> bool:
     until = time.monotonic() + 120
     while time.monotonic() < until and head.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
+        if is_up():
             return True
-        except urllib.error.HTTPError:
-            return True  # it wants a token
-        except OSError:
-            time.sleep(0.3)
+        time.sleep(0.3)
     return False
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it wants a token
+    except OSError:
+        return False
+    return True
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +23,7 @@ from raytune_llm.report.updates import Notice, RunStarted, Update
 from raytune_llm.runs.elastic import SETTLED_S
 from raytune_llm.runs.live_nodes import LOOK_EVERY_S
 from tests.group import metrics
-from tests.ray.head import free_port, head_without_cpus, kill, node, wait_for_cpus
+from tests.ray.head import head_to_kill, head_without_cpus, kill, node, wait_for_cpus
 from tests.runs import tiny_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
@@ -159,38 +156,24 @@ def test_a_run_of_a_fixed_size_leaves_a_node_that_drains_without_losing_a_step_a
 def test_a_run_whose_head_dies_says_so_and_ends_as_one_that_can_be_started_again(
     chat_rows: str, cache: str, tmp_path: Path
 ) -> None:
-    port, place = free_port(), tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # short: sockets lie in it
-    words = ["--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false", f"--temp-dir={place}"]
-    words += ["--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]
-    quiet, known = subprocess.DEVNULL, {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    head = subprocess.Popen([str(Path(sys.executable).with_name("ray")), "start", *words], stdout=quiet, stderr=quiet, env=known)
     settings = [
         "model=tiny_random", "data=chat", f"data.path={chat_rows}", f"data.cache={cache}", f"output_dir={tmp_path / 'o'}",
-        "resources=cluster", f"resources.address=127.0.0.1:{port}", "resources.num_workers=1", "resources.preflight=off",
+        "resources=cluster", "resources.num_workers=1", "resources.preflight=off",
         "train.epochs=5000", "train.log_every_steps=1", "data.eval_fraction=0", "tracking=none",
     ]  # fmt: skip
-    try:
-        until = time.monotonic() + 120
-        while not listens(port):
-            assert time.monotonic() < until
-            time.sleep(0.2)
+    known = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with head_to_kill() as (address, head):
         with (tmp_path / "log").open("w") as log:
-            driver = subprocess.Popen([sys.executable, "-m", "raytune_llm", *settings], stdout=log, stderr=log, env=known)
+            command = [sys.executable, "-m", "raytune_llm", *settings, f"resources.address={address}"]
+            driver = subprocess.Popen(command, stdout=log, stderr=log, env=known)
+        until = time.monotonic() + 240
         while "step 1/" not in (tmp_path / "log").read_text():
-            assert driver.poll() is None and time.monotonic() < until + 120, (tmp_path / "log").read_text()
+            assert driver.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.2)
         kill(head)
         assert driver.wait(120) == 1
-    finally:
-        kill(head)
-        shutil.rmtree(place, ignore_errors=True)
     said = (tmp_path / "log").read_text()
     assert "Ray lost the run" in said and "The same command resumes" in said and "Traceback" not in said, said
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as found:
-        return found.connect_ex(("127.0.0.1", port)) == 0
 
 
 def nodes_with_cpus() -> list[str]:

@@ -20,7 +20,7 @@ import pytest
 
 from raytune_llm.__main__ import main
 from raytune_llm.cluster.jobs import Jobs, come_back
-from tests.ray.head import free_port, ray_head
+from tests.ray.head import ray_head
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
@@ -219,7 +219,9 @@ def test_a_broken_connection_is_taken_up_again_without_a_line_lost_or_twice(head
 
 def test_where_no_dashboard_answers_nothing_is_sent(place, capsys):
     began = time.monotonic()
-    assert main(words(f"http://127.0.0.1:{free_port()}", place)) == 2
+    with socket.socket() as silent:  # it has the port, and does not listen
+        silent.bind(("127.0.0.1", 0))
+        assert main(words(f"http://127.0.0.1:{silent.getsockname()[1]}", place)) == 2
     assert "no Ray dashboard answers at" in capsys.readouterr().err and time.monotonic() - began < 20
 
 
