@@ -117,7 +117,7 @@ def _three_epochs_s(run: Mapping[str, float], pairs: int) -> float:
 def _most_times_copied_requests(stores: Path) -> float:
     """From the lengths of the rows, as they were cut to 1,024 tokens."""
     store = Store.open(next(stores.glob("[!r]*/manifest.json")).parent)
-    requests, copied = int(store.prompt_lengths[:].sum()), int(store.lengths[:].sum())
+    requests, copied = int(store.list_lengths("prompt_ids").sum()), int(store.lengths.sum())
     head = HEAD_WEIGHTS * (copied - 2 * requests)
     return (BODY_WEIGHTS * copied + head) / (BODY_WEIGHTS * (copied - requests) + head)
 

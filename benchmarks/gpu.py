@@ -90,6 +90,16 @@ TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hid
 TINY |= {"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 
 
+def shape_of(name: str, *, tiny: bool) -> dict[str, Any]:
+    """A shape by its name, or the same kind of model with TINY's numbers."""
+    shape = SHAPES[name]
+    return shape | {key: value for key, value in TINY.items() if key in shape} if tiny else shape
+
+
+def shape_setting(shape: Mapping[str, Any]) -> str:
+    return "++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in shape.items()) + "}"
+
+
 @dataclass(frozen=True)
 class Variant:
     shape: str
@@ -152,10 +162,7 @@ COMPARED = (
 
 def make_run(variant: Variant, settings: list[str], *, tiny: bool) -> TrainRun:
     base = ["model=hub", "model.path=null", "model.weights=random", "model.tokenizer=bytes", "data.path=none"]
-    shape = SHAPES[variant.shape]
-    if tiny:
-        shape = shape | {key: value for key, value in TINY.items() if key in shape}
-    config = ["++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in shape.items()) + "}"]
+    config = [shape_setting(shape_of(variant.shape, tiny=tiny))]
     resources = "resources=inline" if variant.workers == 1 else "resources=local"
     sizes = [f"train.global_batch_size={variant.packs * variant.workers}", f"train.micro_batch_size={variant.packs}"]
     lengths = [f"data.max_length={variant.length}", "train.seed=0"]
@@ -348,12 +355,13 @@ def together(workers: int, limit_s: float, *arguments: Any) -> None:
     """measure_in_group in so many processes. Raises what one of them raises; none is left, nor what they started."""
     ends = time.monotonic() + limit_s
     context = torch.multiprocessing.spawn(measure_in_group, (workers, *arguments), nprocs=workers, join=False)
+    assert context is not None  # without join, there is one
     try:
         while not context.join(timeout=1):
             if time.monotonic() > ends:
                 raise TimeoutError(f"not done after {limit_s:g} s")
     finally:
-        for process in context.processes:
+        for process in filter(None, context.processes):
             process.kill()
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -383,7 +391,7 @@ def matmul_flops() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(10):
-            a @ b
+            torch.matmul(a, b)
         end.record()
         torch.cuda.synchronize()
         best = max(best, 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1000))

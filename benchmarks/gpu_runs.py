@@ -51,7 +51,7 @@ from typing import Any
 
 import psutil
 import torch
-from gpu import FULL_8B, LORA, SHAPES, TINY, each
+from gpu import FULL_8B, LORA, SHAPES, each, shape_of, shape_setting
 from transformers import AutoConfig, AutoModelForCausalLM
 
 PAIRS = Path(__file__).parent / "_dpo_lengths.json"
@@ -71,10 +71,7 @@ class Asked:
 
     def shape(self, name: str) -> str:
         """The setting with a model's shape."""
-        shape = SHAPES[name]
-        if self.tiny:
-            shape = shape | {key: value for key, value in TINY.items() if key in shape}
-        return "++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in shape.items()) + "}"
+        return shape_setting(shape_of(name, tiny=self.tiny))
 
     def length(self, tokens: int) -> int:
         return 256 if self.tiny else tokens
@@ -173,9 +170,7 @@ def dpo(folder: Path, asked: Asked) -> dict[str, float]:
 def write_weights(folder: Path, asked: Asked) -> Path:
     """A model's folder with random weights, which are in no cache of the system."""
     weights = folder / "model"
-    shape = SHAPES["llama3_8b"]
-    if asked.tiny:
-        shape = shape | {key: value for key, value in TINY.items() if key in shape}
+    shape = shape_of("llama3_8b", tiny=asked.tiny)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
     model.save_pretrained(weights)

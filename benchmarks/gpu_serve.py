@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def write_adapters(folder: Path, shape: str, number: int) -> list[Path]:
     return made
 
 
-def requests(rows: int, names: list[str | None], new: int = NEW) -> list[Request]:
+def requests(rows: int, names: Sequence[str | None], new: int = NEW) -> list[Request]:
     draw = torch.Generator().manual_seed(rows)
     return [
         Request(

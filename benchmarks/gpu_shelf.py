@@ -27,7 +27,7 @@ from typing import Any, Self
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from gpu import LLAMA, LORA, Variant, config_of, each, make_steps
+from gpu import LLAMA, LORA, Variant, config_of, each, make_steps, shape_setting
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -151,7 +151,7 @@ def make_run(case: Case, *, tiny: bool) -> tuple[TrainRun, Variant]:
         shape = shape | TINY | (TINY_MIXTURE if case.shape == "mixture" else TINY_DENSE)
         length = 2048
     base = ["model=hub", "model.path=null", "model.weights=random", "model.tokenizer=bytes", "data.path=none", "resources=inline"]
-    config = "++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in shape.items()) + "}"
+    config = shape_setting(shape)
     sizes = [f"train.global_batch_size={case.packs}", f"train.micro_batch_size={case.packs}", f"data.max_length={length}"]
     run = load_config("train", [*base, config, *sizes, "train.seed=0", "train.precision=bf16", *case.settings])
     return run, Variant("", (), packs=case.packs, length=length)

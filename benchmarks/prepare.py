@@ -116,11 +116,13 @@ def rust_rows_per_s(num_rows: int = 999) -> float:
     from raytune_llm.data.formats import convert
     from raytune_llm.data.templates.chat_template import ChatTemplate
     from raytune_llm.data.tokens.tokenizer import load_tokenizer
+    from raytune_llm.records import Conversation
 
     tokenizer = load_tokenizer(MODEL)
     template = ChatTemplate(tokenizer)
     columns = load_config("prepare", ["data=alpaca", f"data.path={SOURCE}"]).data.format
-    texts = [template.render(convert(row, columns)).text for row in json.loads(SOURCE.read_text())[:num_rows]]
+    records = (convert(row, columns) for row in json.loads(SOURCE.read_text())[:num_rows])
+    texts = [template.render(record).text for record in records if isinstance(record, Conversation)]
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()

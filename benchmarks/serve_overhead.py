@@ -106,7 +106,7 @@ class StubEngine:
     def stats(self) -> Any:
         from raytune_llm.engines.engine import Stats
 
-        counts = dict.fromkeys(
+        counts: dict[str, Any] = dict.fromkeys(
             ["cache_used", "prefix_hits", "prefix_queries", "generated_tokens", "prompt_tokens", "preemptions"], 0
         )
         counts |= dict.fromkeys(["adapter_loads", "adapter_evictions", "steps"], 0)

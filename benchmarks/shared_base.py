@@ -29,7 +29,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
-from gpu import LORA, SHAPES
+from gpu import LORA, SHAPES, shape_setting
 
 from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
@@ -70,7 +70,7 @@ DOCUMENT = 512
 
 
 def make_run(shape: dict[str, Any], tokens: int, settings: Sequence[str]) -> TrainRun:
-    config = "++model.config={" + ",".join(f"{key}:{str(value).lower()}" for key, value in shape.items()) + "}"
+    config = shape_setting(shape)
     return load_config(
         "train",
         [

@@ -131,7 +131,8 @@ def main() -> None:
         found = json.loads(subprocess.run(itself, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         sweep_s = time.perf_counter() - began
         best = [sweep.planned[losses.index(min(losses))], found.pop("best")]
-        again = dict(zip(AGAIN, trained_again(sweep, best, alone, arguments.steps, arguments.again), strict=False))
+        losses_again = trained_again(sweep, best, alone, arguments.steps, arguments.again)
+        again: dict[str, float] = dict(zip(AGAIN, losses_again, strict=False))
     if again:
         again["excess_again"] = round(again[AGAIN[1]] / again[AGAIN[0]] - 1, 4)
     results = {
