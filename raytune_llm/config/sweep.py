@@ -15,13 +15,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.config.load import Composed, changed, choices_of, compose, load_config, section_of, to_run
+from raytune_llm.config.load import Composed, changed, choices_of, compose, section_of, to_run, validate
 from raytune_llm.config.options import groups
 from raytune_llm.config.override_syntax import as_override, one_value, quoted, swept
 from raytune_llm.config.overrides import CONF
 from raytune_llm.config.paths import changed_paths, with_absolute_paths
 from raytune_llm.config.plain import as_plain, as_text, flat_items, read_yaml
-from raytune_llm.config.run import TrainRun, TuneRun, as_train_run
+from raytune_llm.config.run import SubmitRun, TrainRun, TuneRun, as_train_run
 from raytune_llm.config.sharing import elsewhere, obstacle
 from raytune_llm.config.space import (
     Axis,
@@ -313,8 +313,8 @@ def load_submitted(
     typed = {_setting(word) for word in others}
     others += [word for word in _on_a_cluster() if _setting(word) not in typed]
     sweep = load_sweep(others, config_dir=config_dir, config_name=config_name)
-    base = [word for word in sweep.words if _setting(word).partition(".")[0] != VERB]
-    run = load_config("submit", [*base, *own], config_dir=config_dir, config_name=config_name)
+    submit = section_of(compose("submit", own), "submit")
+    run = validate(SubmitRun, {**as_plain(as_train_run(sweep.run)), "submit": submit})
     return SubmittedSweep(sweep, run.submit)
 
 

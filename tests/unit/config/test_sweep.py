@@ -253,6 +253,16 @@ def test_a_sweep_that_can_not_be_resumed_is_refused(tmp_path: Path, content: str
         load_paused([str(tmp_path), f"keep={keep}"])
 
 
+def test_an_experiment_that_is_a_sweep_can_be_submitted():
+    submitted = load_submitted(["+experiment=tune_smollm2", "submit.max_mib=7"])
+    assert submitted.submit.max_mib == 7
+    assert submitted.sweep.run.resources.name == "cluster"
+    with pytest.raises(ConfigError, match=r"submit\.max_mb is no setting"):
+        load_submitted(["+experiment=tune_smollm2", "submit.max_mb=7"])
+    with pytest.raises(ConfigError, match=r"submit\.max_mib must be a"):
+        load_submitted(["+experiment=tune_smollm2", "submit.max_mib=much"])
+
+
 def test_a_submitted_sweep_takes_from_the_config_what_a_submitted_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["+experiment=sft_smollm2", "optimizer.lr=1e-4,1e-3"]
     run = load_config("submit", ["+experiment=sft_smollm2"])
