@@ -55,12 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str | None, argv: list[str]) -> int:
-    from raytune_llm.config import command_line
-
     if any(flag in argv for flag in ("--help", "-h")):
-        print(command_line.usage(verb, VERBS))
+        from raytune_llm.config.help import usage
+
+        print(usage(verb, VERBS))
         return 0
     from raytune_llm import packaged, read_ahead
+    from raytune_llm.config import command_line
     from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 
     call = command_line.parse(verb or "train", argv)

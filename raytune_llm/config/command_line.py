@@ -1,19 +1,18 @@
-"""Parses a command line into verb, overrides and Hydra's own flags, and writes the help text."""
+"""Parses a command line into verb, overrides and Hydra's own flags."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from raytune_llm.config import sweep
-from raytune_llm.config.load import defaults, load_config, load_text, run_under_hydra
-from raytune_llm.config.options import groups, listed, of_verbs, options
+from raytune_llm.config.load import load_config, load_text, run_under_hydra
 from raytune_llm.config.override_syntax import quoted
 from raytune_llm.config.packed import unpack
 from raytune_llm.errors import ConfigError
@@ -150,33 +149,3 @@ def run_hydra(call: Call, verb_main: Callable[[Any], int]) -> int:
     return run_under_hydra(
         call.verb, overrides, call.hydra_flags, verb_main, config_dir=call.config_dir, config_name=call.config_name
     )
-
-
-def usage(verb: str | None, verbs: Mapping[str, str]) -> str:
-    lines = ["Fine-tune, align, sweep and serve language models on Ray, from one composed config.", ""]
-    lines += ["  python -m raytune_llm [verb] [group=option ...] [setting=value ...]", "", "Verbs"]
-    lines += [f"  {name:<10}{text}" for name, text in verbs.items()]
-    lines += ["", "Groups (group=option)"]
-    lines += [f"  {group:<14}{listed(options(group))}" for group in groups() if group != "experiment"]
-    special = of_verbs()
-    runs = [name for name in options("experiment") if name not in special]
-    lines += ["", "Experiments (+experiment=name)", f"  {' '.join(runs)}"]
-    lines += [f"  of {other}: {name}" for name, other in special.items()]
-    lines += ["", f"Settings of {verb or 'train'} (setting=value) and their defaults"]
-    lines += [f"  {line}" for line in defaults(verb or "train")]
-    lines += [
-        "",
-        "Flags",
-        "  --cfg job          print the composed config and stop",
-        "  --config-dir DIR   a folder of your own groups and experiments, beside ours",
-        "  --config-name N    another primary config; `--config-dir outputs/x --config-name run` runs x again",
-        "  -m                 one run for each combination of comma-separated values",
-        "  --dry-run          of tune: show the trials and what they need, and run nothing",
-        "  --info, --shell-completion, ...   Hydra's own",
-        "",
-        "Examples",
-        "  python -m raytune_llm +experiment=sft_smollm2",
-        "  python -m raytune_llm plan +experiment=sft_llama3 resources.num_workers=8",
-        "  python -m raytune_llm model=hub model.path=my/model data=alpaca data.path=rows.jsonl optimizer.lr=1e-4",
-    ]
-    return "\n".join(lines)

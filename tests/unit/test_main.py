@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
-from raytune_llm.__main__ import main
+from raytune_llm.__main__ import VERBS, main
+from raytune_llm.config.command_line import load, parse
+from raytune_llm.config.help import EXAMPLES
 
 
 def said(capsys, *argv):
@@ -20,13 +24,27 @@ def test_help_shows_verbs_groups_experiments_and_settings(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize(
-    "verb", ["prepare", "plan", "tune", "chain", "serve", "chat", "predict", "export", "evaluate", "compare", "import", "doctor"]
-)
-def test_each_verb_has_its_own_help(capsys, verb):
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_is_about_this_verb_only(capsys, verb):
     code, out, _ = said(capsys, verb, "--help")
     assert code == 0
-    assert f"Settings of {verb}" in out
+    assert out.startswith(f"{verb}: {VERBS[verb]}")
+    assert (f"Settings of {verb}" in out) == (verb != "doctor")
+    assert ("--dry-run" in out) == (verb == "tune")
+    assert ("  optimizer     " in out) == (verb in ("train", "plan", "tune", "submit"))
+
+
+@pytest.mark.parametrize("example", [line for lines in EXAMPLES.values() for line in lines if "outputs/mine" not in line])
+def test_examples_of_the_help_are_commands(example):
+    verb, *words = shlex.split(example)
+    if verb not in VERBS:
+        verb, words = "train", [verb, *words]
+    if words[:1] != ["resume"]:  # it reads the sweep's folder
+        load(parse(verb, words))
+
+
+def test_each_verb_has_an_example():
+    assert list(EXAMPLES) == list(VERBS)
 
 
 def test_a_wrong_verb_is_named_with_the_right_one(capsys):
