@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     verb = argv.pop(0) if argv and argv[0] in VERBS else None
     from raytune_llm import interrupts
     from raytune_llm.errors import UserError
+    from raytune_llm.spinning import spin_briefly
 
+    spin_briefly()
     # Libraries' announcements of future changes are for developers, not for users.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

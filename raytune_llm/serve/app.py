@@ -28,6 +28,7 @@ from raytune_llm.serve.prompts import Prompts
 from raytune_llm.serve.replica import BuildEngine, EngineReplica
 from raytune_llm.serve.replicas import ReplicaBackend
 from raytune_llm.serve.router import STATS_INTERVAL_S, AdapterRouter
+from raytune_llm.spinning import SPINNING
 
 APP, ENGINE, INGRESS = "raytune-llm", "engine", "ingress"
 CONTROL_REQUESTS = 64
@@ -69,7 +70,7 @@ def application(run: ServeRun, *, build: BuildEngine | None = None) -> Applicati
     }
     deployment: Callable[..., Any] = serve.deployment  # its overloads say less than it takes
     # A Ray instance that was started for this server has these variables already.
-    environment = {"env_vars": TRANSPORT} if on_cluster(resources) else {}
+    environment = {"env_vars": TRANSPORT | SPINNING} if on_cluster(resources) else {}
     engines_environment = environment | ({} if run.engine.python is None else {"py_executable": run.engine.python})
     engine = deployment(
         EngineReplica,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,11 @@ from raytune_llm.models.load import load_config
 from raytune_llm.models.score_head import has_separate_head
 from raytune_llm.serve.backend import ModelFacts
 
+SWITCH_S = 0.0005
+"""How long a thread keeps the interpreter while another waits for it, at most; Python's default is 5 ms. An engine's thread waits
+for it after each of a step's operations, while the server sends the last step's tokens: with 8 clients and 8 adapters on a CPU,
+answers took 18% longer with the default."""
+
 
 class EngineKind(NamedTuple):
     build: Callable[[Any, Serving], Engine]
@@ -57,6 +63,7 @@ def build_engine(
     kind.check(engine_settings, model, quantization, served)
     alone = lone_adapter(served, engine_settings)
     serving = _serving(model, quantization, served, alone)
+    sys.setswitchinterval(SWITCH_S)
     engine = apart(lambda: kind.build(engine_settings, serving))
     text: Any = serving.config.get_text_config()
     facts = ModelFacts(

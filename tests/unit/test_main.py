@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 import pytest
@@ -86,3 +87,13 @@ def test_multirun_gives_each_job_a_folder(capsys, tmp_path, chat_rows, cache):
     made = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/summary.json"))
     assert len(made) == 2
     assert all("optimizer.lr" in name for name in made)
+
+
+@pytest.mark.parametrize(("own", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)])
+def test_threads_spin_briefly_unless_the_user_says_otherwise(own, spins, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    main(["--help"])
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
