@@ -9,6 +9,10 @@ from raytune_llm.config.serve import NAME_RULE, is_adapter_name
 from raytune_llm.errors import ConfigError
 
 
+class MissingFolder(ConfigError):
+    """There is no such folder where adapters may be loaded from."""
+
+
 def checked_name(name: str, base_name: str) -> str:
     """Returns the name. Raises ConfigError if it can't be an adapter's, or is the base model's."""
     if not is_adapter_name(name):
@@ -20,11 +24,13 @@ def checked_name(name: str, base_name: str) -> str:
 
 
 def checked_folder(folder: str, roots: Sequence[Path]) -> Path:
-    """Returns the folder with symbolic links resolved. Raises ConfigError unless all its files are in one of `roots`."""
+    """Returns the folder with symbolic links resolved. Raises ConfigError unless all its files are in one of `roots`; outside
+    of them, nothing is told of what exists."""
     try:
-        real = Path(folder).resolve(strict=True)
-    except (OSError, RuntimeError, ValueError):
-        raise ConfigError("an adapter's folder", "must exist", got=folder[:500]) from None
+        real = Path(folder).resolve()
+        exists = real.exists()
+    except (OSError, RuntimeError, ValueError):  # a circle of links, a name that is too long or holds a null
+        raise ConfigError("an adapter's folder", "must be a path that can be read", got=folder[:500]) from None
     if not any(real.is_relative_to(root.resolve()) for root in roots):
         raise ConfigError(
             "an adapter's folder",
@@ -32,6 +38,8 @@ def checked_folder(folder: str, roots: Sequence[Path]) -> Path:
             got=folder[:500],
             fix="Those are serve.watch, serve.adapter_roots and the folders in serve.adapters.",
         )
+    if not exists:
+        raise MissingFolder("an adapter's folder", "must exist", got=folder[:500])
     try:
         files = list(real.iterdir())
         leads_out = [file.name for file in files if not file.resolve().is_relative_to(real)]

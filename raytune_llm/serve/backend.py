@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -107,6 +108,7 @@ class InProcessBackend:
         rejected."""
         self._engine, self.facts, self._name = engine, facts, name
         self._max_requests = engine.max_rows + max_waiting
+        self._compiling = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars")
         self._requests = 0
         """Requests that are here. The engine's own counts say it later: it learns of them between two steps."""
 
@@ -119,7 +121,7 @@ class InProcessBackend:
         """Yields the list of all deltas since the previous one."""
         with self._one_more():
             loop, news = asyncio.get_running_loop(), asyncio.Event()
-            # Compiling a grammar takes milliseconds and would block the event loop.
+            # Compiling a grammar takes milliseconds to seconds and would block the event loop.
             stream = await self._submitted_apart(request) if request.sampling.grammar else self._engine.submit(request)
             stream.on_news = partial(_wake, loop, news)
             try:
@@ -148,8 +150,9 @@ class InProcessBackend:
             self._requests -= 1
 
     async def _submitted_apart(self, request: Request) -> Stream:
-        """In a thread, which can't be stopped: where nobody waits for it any more, its stream is cancelled when it is there."""
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, request))
+        """In a thread, which can't be stopped: where nobody waits for it any more, its stream is cancelled when it is there. The
+        threads are for nothing else, so that large grammars delay grammars alone."""
+        submitting = asyncio.get_running_loop().run_in_executor(self._compiling, self._engine.submit, request)
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:

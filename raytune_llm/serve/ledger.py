@@ -27,6 +27,8 @@ class AdapterChange:
     """The folder that the adapter is loaded from. None: the adapter was removed."""
     pinned: bool = False
     """Whether it is pinned from then on."""
+    replaced: str | None = None
+    """The version that the adapter had before. None: there was none."""
 
 
 class Ledger:
@@ -75,12 +77,20 @@ class Changes:
             self._ledger.record(change)
             return version
 
-    async def catch_up(self, changes: Iterable[AdapterChange], refused: Callable[[AdapterChange, UserError], None]) -> None:
+    async def catch_up(
+        self,
+        changes: Iterable[AdapterChange],
+        refused: Callable[[AdapterChange, UserError], None],
+        watched: Callable[[str], str | None] = lambda name: None,
+    ) -> None:
         """Apply the changes that are newer than those in the ledger. `refused` is called for one that fails, which is not
-        retried."""
+        retried. watched: the version in which serve.watch serves a name, or None. A version that a change did not replace was
+        written after it, and stays."""
         async with self._applying:
             for change in self._ledger.unknown(changes):
                 self._ledger.record(change)
+                if change.what == "folder" and watched(change.name) not in (None, change.replaced):
+                    continue
                 try:
                     await self._apply(change)
                 except UserError as error:

@@ -190,7 +190,12 @@ class EngineReplica:
         except (TimeoutError, DeploymentUnavailableError):  # this is the first replica
             return
         known = [change for ledger in ledgers if isinstance(ledger, list) for change in ledger]
-        await self._changes.catch_up(known, self._refused)
+        await self._changes.catch_up(known, self._refused, self._watched)
+
+    def _watched(self, name: str) -> str | None:
+        """The version in which serve.watch serves a name here. None: it doesn't, or a change has replaced it."""
+        version = None if self._watcher is None else self._watcher.version_of(name)
+        return version if any((one.name, one.version) == (name, version) for one in self._engine.adapters()) else None
 
     def _refused(self, change: AdapterChange, error: UserError) -> None:
         log.warning("%s is not served by %s: %s", change.name, self._name, error)

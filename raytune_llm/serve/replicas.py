@@ -103,19 +103,22 @@ class ReplicaBackend:
 
     async def add_adapter(self, name: str, folder: str, *, pinned: bool) -> str:
         at, before = await self._time_and_folder(name)
-        was_pinned = await self._is_pinned(name)
-        change = AdapterChange(at=at, name=name, what="folder", folder=folder, pinned=pinned or was_pinned)
+        was = await self._state_of(name)
+        was_pinned, replaced = (False, None) if was is None else (was.pinned, was.version)
+        change = AdapterChange(at=at, name=name, what="folder", folder=folder, pinned=pinned or was_pinned, replaced=replaced)
         versions = await self._make(change, undo=replace(change, at=at + 1, folder=before, pinned=was_pinned))
         return str(versions[0])
 
     async def remove_adapter(self, name: str) -> None:
         at, _ = await self._time_and_folder(name)
-        await self._make(AdapterChange(at=at, name=name, what="folder"))
+        was = await self._state_of(name)
+        await self._make(AdapterChange(at=at, name=name, what="folder", replaced=None if was is None else was.version))
 
     async def pin(self, name: str, pinned: bool) -> None:
         at, _ = await self._time_and_folder(name)
+        was = await self._state_of(name)
         change = AdapterChange(at=at, name=name, what="pinned", pinned=pinned)
-        await self._make(change, undo=replace(change, at=at + 1, pinned=await self._is_pinned(name)))
+        await self._make(change, undo=replace(change, at=at + 1, pinned=was is not None and was.pinned))
 
     @property
     def _stale(self) -> bool:
@@ -139,10 +142,11 @@ class ReplicaBackend:
         folders = [one for one in changes if one.what == "folder"]
         return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else self._adapters.get(name)
 
-    async def _is_pinned(self, name: str) -> bool:
+    async def _state_of(self, name: str) -> AdapterState | None:
+        """By new reports."""
         async with self._asking:
             await self._ask_again()
-        return any(state.pinned for state in merge_adapters(self._reports) if state.name == name)
+        return next((state for state in merge_adapters(self._reports) if state.name == name), None)
 
     async def _make(self, change: AdapterChange, *, undo: AdapterChange | None = None) -> list[Any]:
         """Each replica's result of a change. Raises what one of them refuses it with. undo: restores the state before the change,

@@ -52,6 +52,8 @@ class Watcher:
         self._folder, self._engine, self._base_name, self._notify = folder, engine, base_name, notify
         self._interval_s, self._adapters = interval_s, adapters or {}
         self._served: dict[str, tuple[Path, Stamp]] = {}
+        self._versions: dict[str, str] = {}
+        """Of those that are served."""
         self._refused: dict[str, tuple[Path, Stamp]] = {}
         """Adapters that can't be served; they are tried again only when they change."""
         self._told: dict[str, str] = {}
@@ -73,6 +75,10 @@ class Watcher:
         if self._thread.is_alive():
             self._thread.join()
         self._written.cleanup()
+
+    def version_of(self, name: str) -> str | None:
+        """The version of an adapter that it loaded last. None: it serves none of this name."""
+        return self._versions.get(name)
 
     def scan(self) -> None:
         """Scan once: load new and changed adapters, unload deleted ones. May be called from any thread. What is wrong with one
@@ -120,7 +126,7 @@ class Watcher:
         if version is None:
             self._refused[name] = (place, stamp)
             return
-        self._served[name] = (place, stamp)
+        self._served[name], self._versions[name] = (place, stamp), version
         self._notify(f"{name} is served ({place}, version {version[:12]})")
 
     def _add(self, name: str, place: Path) -> str | None:
@@ -160,7 +166,7 @@ class Watcher:
             return False
 
     def _end(self, name: str) -> None:
-        del self._served[name]
+        del self._served[name], self._versions[name]
         with suppress(ConfigError):  # it has been unloaded through the API
             self._engine.remove_adapter(name)
         if (folder := self._folders.pop(name, None)) is not None:

@@ -289,6 +289,13 @@ def test_a_second_server_on_the_cluster_is_refused_and_the_first_stays(server: S
 
 
 def test_streams_survive_an_update(server: Server, a1: str) -> None:
+    for name in ("again", "ended"):  # served by serve.watch, and then unloaded
+        (server.root / "watched" / name).mkdir()
+        adapter_folder(server.root / "watched" / name / "writing", 5).rename(server.root / "watched" / name / "final")
+        wait_for(lambda name=name: len(server.places(name)) == ENGINES)
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
+    adapter_folder(server.root / "watched" / "again" / "final", 6)  # a new version of one of them
+    wait_for(lambda: len(server.places("again")) == ENGINES)
     before = set(server.engines())
     with ThreadPoolExecutor(4) as threads:
         streams = [threads.submit(server.stream, 200) for _ in range(4)]
@@ -300,6 +307,7 @@ def test_streams_survive_an_update(server: Server, a1: str) -> None:
         wait_for(lambda: len(server.engines()) == ENGINES)
         assert all(made(stream.result()) == 200 for stream in streams)
     assert server.complete(model=a1).status_code == 200
+    assert len(server.places("again")) == ENGINES and not server.places("ended")  # as before
 
 
 def test_it_drains_and_leaves_nothing_behind(server: Server) -> None:

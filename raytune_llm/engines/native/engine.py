@@ -551,4 +551,4 @@ class NativeEngine:
         with self._grammars_lock:
             if self._grammars is None:
                 self._grammars = Grammars(self._tokenizer, self._runner.vocab_size, self._end_ids)
-            return self._grammars.matcher(grammar)
+        return self._grammars.matcher(grammar)

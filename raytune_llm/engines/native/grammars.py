@@ -16,6 +16,8 @@ MAX_GRAMMAR_CHARACTERS = 65_536
 MAX_SCHEMA_DEPTH = 64
 """Brackets within brackets. xgrammar takes memory and time without end for schemas of hundreds."""
 MAX_COMPILE_THREADS = 1
+WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
+"""The time and the line of its source that xgrammar writes before a message."""
 CACHE_BYTES = 256 * 2**20
 """The size of the cache of compiled grammars, since clients may send any number of them."""
 
@@ -57,7 +59,8 @@ class Grammars:
         try:
             matcher = self._xgrammar.GrammarMatcher(compile_one(grammar.text))
         except (RuntimeError, ValueError, TypeError) as error:
-            problem = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            problem = WHERE.sub("", lines[-1])
             raise ConfigError("the grammar", f"must be one that xgrammar compiles ({problem})", got=grammar.kind) from None
         mask_1W = self.bitmask([matcher])
         if mask_1W is None or not mask_1W.any():

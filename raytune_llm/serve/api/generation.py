@@ -45,7 +45,12 @@ class Generation:
             settings.setdefault("enable_thinking", body.reasoning_effort != "none")
         tools = None if body.tool_choice == "none" else body.tools
         ids, syntax = await prompts.chat(body.messages, tools, settings)
-        grammar = forced_tool_grammar(forced) if forced else grammar_of(body.response_format, body.structured_outputs)
+        ignored: set[str] = set()
+        if forced:
+            grammar = forced_tool_grammar(forced, ignored)
+        else:
+            grammar = grammar_of(body.response_format, body.structured_outputs, ignored)
+        body.ignored = sorted({*body.ignored, *ignored})
         strict = None if forced else strict_tools_grammar(tools or (), syntax.calls.format if syntax.calls else None)
         if grammar is not None and strict is not None:
             raise invalid("A strict tool and a format of the answer can't both be given: leave out one of them", "tools")
@@ -75,7 +80,7 @@ class Generation:
             body,
             limit=body.max_tokens or 16,
             logprobs=body.logprobs,
-            grammar=grammar_of(None, body.structured_outputs),
+            grammar=grammar_of(None, body.structured_outputs, set()),
             prompt_tokens=max(map(len, ids)),
             max_length=self.server.backend.facts.max_length,
             vocabulary=len(prompts.tokenizer),

@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, Response
 
 from raytune_llm.engines.engine import AdapterState
-from raytune_llm.serve.adapters import checked_folder, checked_name
-from raytune_llm.serve.api.errors import invalid, unknown_model
+from raytune_llm.serve.adapters import MissingFolder, checked_folder, checked_name
+from raytune_llm.serve.api.errors import APIError, invalid, unknown_model
 from raytune_llm.serve.api.schema import LoadAdapter, PinAdapter, UnloadAdapter
 from raytune_llm.serve.api.server import Server, json_response
 
@@ -42,18 +42,24 @@ class Models:
         raise unknown_model(model)
 
     async def load_adapter(self, body: LoadAdapter) -> Response:
+        """As in vLLM: 200, 400 for a name that is in use, 404 for a folder that does not exist. Clients search the texts."""
         backend, name = self.server.backend, checked_name(body.lora_name, self._base)
         if await backend.serves(name) and not body.load_inplace:
-            raise invalid(f"The adapter `{name}` is already loaded: set load_inplace to replace it", "lora_name")
-        folder = checked_folder(body.lora_path, self.server.access.roots)
+            raise invalid(f"The adapter '{name}' has already been loaded. Set load_inplace to replace it", "lora_name")
+        try:
+            folder = checked_folder(body.lora_path, self.server.access.roots)
+        except MissingFolder as error:
+            raise APIError(404, str(error), param="lora_path", code="not_found") from None
         version = await backend.add_adapter(name, str(folder), pinned=body.pinned)
-        return json_response({"status": "loaded", "name": name, "version": version}, body.ignored)
+        message = f"Success: LoRA adapter '{name}' added successfully."
+        return json_response({"message": message, "name": name, "version": version}, body.ignored)
 
     async def unload_adapter(self, body: UnloadAdapter) -> Response:
         if not await self.server.backend.serves(body.lora_name):
             raise unknown_model(body.lora_name)
         await self.server.backend.remove_adapter(body.lora_name)
-        return json_response({"status": "unloaded", "name": body.lora_name}, body.ignored)
+        message = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+        return json_response({"message": message, "name": body.lora_name}, body.ignored)
 
     async def list_adapters(self) -> dict[str, Any]:
         return {"adapters": [asdict(one) for one in await self.server.backend.adapters()]}
@@ -71,11 +77,11 @@ class Models:
     def _served(self) -> dict[str, Any]:
         """The base, or an adapter that is one with it."""
         facts = self.server.backend.facts
-        return self._model(facts.name) | ({} if facts.adapter_of is None else {"parent": facts.adapter_of})
+        return {**self._model(facts.name), "parent": facts.adapter_of}
 
     def _model(self, name: str) -> dict[str, Any]:
-        facts = {"id": name, "object": "model", "created": self.server.created}
-        return {**facts, "owned_by": "raytune_llm", "root": self._base}
+        facts = {"id": name, "object": "model", "created": self.server.created, "owned_by": "raytune_llm"}
+        return {**facts, "root": self._base, "max_model_len": self.server.backend.facts.max_length}
 
     def _adapter(self, one: AdapterState) -> dict[str, Any]:
         return {**self._model(one.name), "parent": self._base, "version": one.version}

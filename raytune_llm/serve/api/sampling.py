@@ -9,6 +9,7 @@ from typing import Any
 
 from raytune_llm.engines.requests import Grammar, Sampling
 from raytune_llm.serve.api.errors import invalid
+from raytune_llm.serve.api.json_schemas import check_counts, enforceable, schema_text
 from raytune_llm.serve.api.schema import (
     FunctionDeclaration,
     GenerationBody,
@@ -16,7 +17,6 @@ from raytune_llm.serve.api.schema import (
     StructuredOutputs,
     Tool,
     is_number,
-    schema_text,
 )
 
 
@@ -70,35 +70,64 @@ def sampling_of(
     )
 
 
-def grammar_of(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> Grammar | None:
-    """The grammar of OpenAI's response_format or vLLM's structured_outputs. None: the answer is free."""
-    try:
-        if format is not None and format.json_schema is not None:
-            return Grammar(kind="json_schema", text=schema_text(format.json_schema.schema_))
-        if format is not None and format.type == "json_object":
-            return Grammar(kind="json_schema", text='{"type": "object"}')
-        if outputs is None:
-            return None
-        if outputs.json_ is not None:
-            return Grammar(kind="json_schema", text=schema_text(outputs.json_))
-    except ValueError as error:
-        raise invalid(str(error), "response_format") from None
-    if outputs.regex is not None:
-        return Grammar(kind="regex", text=outputs.regex)
+def grammar_of(format: ResponseFormat | None, outputs: StructuredOutputs | None, ignored: set[str]) -> Grammar | None:
+    """The grammar of OpenAI's response_format or vLLM's structured_outputs. None: the answer is free.
+
+    ignored: gets the keywords of a schema that are not enforced. Raises APIError (400) for those of a strict schema; vLLM's are
+    strict always.
+    """
+    if format is not None and format.json_schema is not None:
+        asked = format.json_schema
+        schema = _enforced(asked.schema_, "response_format.json_schema.schema", strict=bool(asked.strict), ignored=ignored)
+        return Grammar(kind="json_schema", text=json.dumps(schema))
+    if format is not None and format.type == "json_object":
+        return Grammar(kind="json_schema", text='{"type": "object"}')
+    if outputs is None:
+        return None
+    if outputs.json_ is not None:
+        schema = _enforced(_parsed(outputs.json_), "structured_outputs.json", strict=True, ignored=ignored)
+        return Grammar(kind="json_schema", text=json.dumps(schema))
     if outputs.choice is not None:
-        return Grammar(kind="regex", text="|".join(f"({re.escape(one)})" for one in outputs.choice))
-    assert outputs.grammar is not None
-    return Grammar(kind="ebnf", text=outputs.grammar)
+        return Grammar(kind="regex", text="|".join(f"({_literal(one)})" for one in outputs.choice))
+    text = outputs.regex or outputs.grammar or ""
+    try:
+        check_counts(text)
+    except ValueError as error:
+        raise invalid(str(error), "structured_outputs") from None
+    return Grammar(kind="ebnf" if outputs.regex is None else "regex", text=text)
+
+
+def _enforced(schema: dict[str, Any], field: str, *, strict: bool, ignored: set[str]) -> dict[str, Any]:
+    try:
+        kept, names = enforceable(schema)
+    except ValueError as error:
+        raise invalid(str(error), field) from None
+    if strict and names:
+        raise invalid(f"{field} has keywords that can't be enforced: {', '.join(names)}", field)
+    ignored.update(f"{field}.{name}" for name in names)
+    return kept
+
+
+def _parsed(schema: dict[str, Any] | str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise invalid("structured_outputs.json must be a JSON schema, which is an object", "structured_outputs.json")
+    return parsed
+
+
+def _literal(text: str) -> str:
+    """A regular expression of the text. xgrammar warns of an escape that it doesn't need, which re.escape writes."""
+    return re.sub(r"[\\^$.|?*+()\[\]{}]", r"\\\g<0>", text)
 
 
 def after_thought(grammar: Grammar, begin: str, end: str) -> Grammar:
-    """`begin`, free text up to `end`, which ends a thought, and then what the grammar allows. Raises APIError (400)."""
+    """`begin`, free text up to `end`, which ends a thought, and then what the grammar allows."""
     match grammar.kind:
         case "json_schema":
-            try:
-                answer: dict[str, Any] = {"type": "json_schema", "json_schema": json.loads(grammar.text)}
-            except (ValueError, RecursionError):
-                raise invalid("json must be a JSON schema", "structured_outputs") from None
+            answer: dict[str, Any] = {"type": "json_schema", "json_schema": json.loads(grammar.text)}
         case "regex":
             answer = {"type": "regex", "pattern": grammar.text}
         case "ebnf":
@@ -113,14 +142,15 @@ def after_thought(grammar: Grammar, begin: str, end: str) -> Grammar:
     return Grammar(kind="structural_tag", text=json.dumps(tags))
 
 
-def forced_tool_grammar(tools: Sequence[Tool]) -> Grammar:
-    """The grammar of a call of one of the tools, with arguments that match its schema: {"name": ..., "arguments": {...}}."""
+def forced_tool_grammar(tools: Sequence[Tool], ignored: set[str]) -> Grammar:
+    """The grammar of a call of one of the tools, with arguments that match its schema: {"name": ..., "arguments": {...}}.
+    ignored: as in `grammar_of`."""
     calls: list[dict[str, Any]] = [
         {
             "type": "tag",
             "begin": f'{{"name": {json.dumps(tool.function.name)}, "arguments": ',
             # A schema of its own, so that references in it find what they name.
-            "content": {"type": "json_schema", "json_schema": _parameters(tool.function)},
+            "content": {"type": "json_schema", "json_schema": _parameters(tool.function, ignored)},
             "end": "}",
         }
         for tool in tools
@@ -161,11 +191,14 @@ arguments, and xgrammar's name for how they are written."""
 
 
 def _arguments_schema(function: FunctionDeclaration) -> dict[str, Any]:
-    return _parameters(function) if function.strict else {"type": "object"}
+    return _parameters(function, set()) if function.strict else {"type": "object"}
 
 
-def _parameters(function: FunctionDeclaration) -> dict[str, Any]:
-    return {"type": "object", **function.parameters} if function.parameters else NO_ARGUMENTS
+def _parameters(function: FunctionDeclaration, ignored: set[str]) -> dict[str, Any]:
+    if not function.parameters:
+        return NO_ARGUMENTS
+    schema = {"type": "object", **function.parameters}
+    return _enforced(schema, "tools.function.parameters", strict=bool(function.strict), ignored=ignored)
 
 
 def _tagged(format: dict[str, Any]) -> Grammar:

@@ -2,11 +2,11 @@
 
 Fields that OpenAI's API doesn't have are vLLM's, under vLLM's names. A field in IGNORED has no effect here and is listed in the
 response header `x-ignored-fields`; any other unknown field is rejected, and so is a value of another type: a number in a string.
+Fields of type None are OpenAI's for what this server can't do: a null asks for nothing.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,6 @@ MAX_ANSWERS = 256
 """Of a request: prompts times n. More would never find room beside those of others."""
 MAX_INPUTS = 256
 MAX_DECODED_TOKENS = 262_144
-MAX_SCHEMA_BYTES = 65_536
 
 IGNORED = {
     "user",
@@ -82,7 +81,7 @@ class JSONSchema(Part):
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
     strict: bool | None = None
-    """Answers are of the schema either way."""
+    """A schema with keywords that can't be enforced is refused. Otherwise they are listed as ignored."""
 
 
 class ResponseFormat(Part):
@@ -154,7 +153,8 @@ class FunctionDeclaration(Part):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """Arguments are of `parameters`, also where the model may answer with text. They always are where a call is required."""
+    """Arguments are of `parameters`, also where the model may answer with text, and keywords that can't be enforced are refused.
+    Arguments of a call that is required are of `parameters` in any case."""
 
 
 class Tool(Part):
@@ -227,6 +227,13 @@ class ChatRequest(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=32)
     parallel_tool_calls: bool | None = None
     """False: calls after an answer's first one are left out."""
+    modalities: list[Literal["text"]] | None = Field(default=None, max_length=1)
+    audio: None = None
+    prediction: None = None
+    moderation: None = None
+    web_search_options: None = None
+    functions: None = None
+    function_call: None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     @model_validator(mode="after")
@@ -341,6 +348,8 @@ class LoadAdapter(Body):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+    is_3d_lora_weight: Literal[False] = False
+    """Adapters whose experts are in one tensor are not read."""
     pinned: bool = False
 
 
@@ -350,14 +359,6 @@ class UnloadAdapter(Body):
 
 class PinAdapter(Part):
     pinned: bool
-
-
-def schema_text(schema: dict[str, Any] | str) -> str:
-    """A JSON schema as text. Raises ValueError if it is too large."""
-    text = schema if isinstance(schema, str) else json.dumps(schema)
-    if len(text.encode()) > MAX_SCHEMA_BYTES:
-        raise ValueError(f"a JSON schema must have at most {MAX_SCHEMA_BYTES} bytes")
-    return text
 
 
 def is_number(text: str) -> bool:

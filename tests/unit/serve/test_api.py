@@ -45,6 +45,8 @@ def error_of(response: httpx.Response) -> dict:
 def test_models_are_listed_and_retrieved(server: Server):
     assert {"base", "a1", "a2"} <= {model.id for model in server.client.models.list()}
     assert server.client.models.retrieve("a1").id == "a1"
+    listed = {one.id: one.model_dump() for one in server.client.models.list()}
+    assert (listed["base"]["parent"], listed["a1"]["parent"], listed["a1"]["max_model_len"]) == (None, "base", 600)
     with pytest.raises(openai.NotFoundError) as caught:
         server.client.models.retrieve("nothing")
     assert caught.value.code == "model_not_found"
@@ -197,6 +199,48 @@ def test_a_json_schema_is_kept(server: Server):
         if choice.finish_reason == "stop":
             said = json.loads(choice.message.content or "")
             assert isinstance(said["on"], bool) and 0 <= said["level"] <= 9
+
+
+def test_keywords_of_a_schema_that_are_not_enforced_are_named_or_refused(server: Server):
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    tool = {"name": "light", "parameters": {"properties": {"levels": schema}}}
+    format: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    named = chat(server, response_format=format)
+    assert named.headers["x-ignored-fields"] == "response_format.json_schema.schema.uniqueItems"
+    forced = chat(server, tools=[{"type": "function", "function": tool}], tool_choice="required")
+    assert forced.headers["x-ignored-fields"] == "tools.function.parameters.uniqueItems"
+    format["json_schema"]["strict"] = True
+    strict = {"tools": [{"type": "function", "function": {**tool, "strict": True}}], "tool_choice": "required"}
+    vllms = [{"structured_outputs": {"json": form}} for form in (schema, json.dumps(schema))]
+    for asked in ({"response_format": format}, strict, *vllms):
+        refused = chat(server, **asked)
+        assert refused.status_code == 400 and "can't be enforced: uniqueItems" in error_of(refused)["message"]
+
+
+def test_schemas_and_counts_that_take_long_to_compile_are_refused(server: Server):
+    many = {"type": "object", "properties": {str(number): {} for number in range(3000)}}
+    for asked in (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": many}}},
+        {"structured_outputs": {"json": many}},
+        {"tools": [{"type": "function", "function": {"name": "a", "parameters": many}}], "tool_choice": "required"},
+    ):
+        refused = chat(server, **asked)
+        assert refused.status_code == 400 and "at most 500 optional properties, got 3000" in error_of(refused)["message"]
+    for asked in ({"regex": "[a-z]{1,50000}"}, {"grammar": "root ::= [a-z]{1,50000}"}):
+        refused = chat(server, structured_outputs=asked)
+        assert refused.status_code == 400 and "must be at most 128, got 50000" in error_of(refused)["message"]
+
+
+@pytest.mark.parametrize("choice", ["a-b c#d&e~f", 'a\n"b', "x(y)[z]{1}^$|", "é😀", "\\d", "a\tb*?+."])
+def test_choices_are_taken_as_they_are(server: Server, choice: str):
+    asked = {"structured_outputs": {"choice": [choice]}, "max_tokens": 60}
+    assert chat(server, **asked).json()["choices"][0]["message"]["content"] == choice
+
+
+def test_what_xgrammar_says_of_a_grammar_is_told_without_places_in_its_source(server: Server):
+    for asked in ({"regex": "("}, {"grammar": "nonsense"}, {"json": {"type": "nope"}}):
+        message = error_of(chat(server, structured_outputs=asked))["message"]
+        assert "must be one that xgrammar compiles" in message and ".cc" not in message
 
 
 def test_an_answer_that_its_grammar_leads_nowhere_is_an_error(server: Server):
@@ -422,6 +466,13 @@ def test_keys_are_asked_for(server: Server):
     assert post(server, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y"}).status_code == 401
 
 
+def test_a_null_and_the_text_modality_ask_for_nothing(server: Server):
+    for name in ("audio", "prediction", "moderation", "web_search_options", "functions", "function_call"):
+        assert chat(server, **{name: None}).status_code == 200
+        assert chat(server, **{name: {}}).status_code == 400
+    assert chat(server, modalities=["text"]).status_code == 200 and chat(server, modalities=["audio"]).status_code == 400
+
+
 def test_what_is_not_there_is_an_error_object_too(server: Server):
     assert error_of(httpx.get(f"{server.url}/nothing"))["code"] == "not_found"
     assert error_of(httpx.get(f"{server.url}/v1/chat/completions"))["code"] == "method_not_allowed"
@@ -449,7 +500,9 @@ def test_adapters_come_change_and_go(server: Server):
     first = post(server, "/v1/load_lora_adapter", body, ADMIN)
     assert first.status_code == 200
     before = chat(server, model="live").json()
-    assert post(server, "/v1/load_lora_adapter", body, ADMIN).status_code == 400
+    assert "LoRA adapter 'live' added successfully" in first.text  # vLLM's clients search these texts
+    again = post(server, "/v1/load_lora_adapter", body, ADMIN)
+    assert again.status_code == 400 and "has already been loaded" in error_of(again)["message"]
     adapter_folder(folder, 6)
     second = post(server, "/v1/load_lora_adapter", {**body, "load_inplace": True}, ADMIN)
     assert second.json()["version"] != first.json()["version"]
@@ -458,7 +511,8 @@ def test_adapters_come_change_and_go(server: Server):
     assert post(server, "/admin/adapters/live/pin", {"pinned": True}, ADMIN).json()["pinned"]
     listed = httpx.get(f"{server.url}/admin/adapters", headers={"Authorization": f"Bearer {ADMIN}"}).json()["adapters"]
     assert {one["name"]: one["pinned"] for one in listed}["live"]
-    assert post(server, "/v1/unload_lora_adapter", {"lora_name": "live"}, ADMIN).status_code == 200
+    unloaded = post(server, "/v1/unload_lora_adapter", {"lora_name": "live"}, ADMIN)
+    assert unloaded.status_code == 200 and "LoRA adapter 'live' removed successfully" in unloaded.text
     assert chat(server, model="live").status_code == 404
     assert post(server, "/v1/unload_lora_adapter", {"lora_name": "live"}, ADMIN).status_code == 404
 
@@ -477,9 +531,13 @@ def test_a_folder_outside_is_refused(server: Server, tmp_path):
     loop = adapter_folder(server.root / "loop", 3)
     (loop / "circle").symlink_to(loop / "circle")
     a_file = server.root / "a1" / "adapter_config.json"
-    for place in (loop, a_file, outside, server.root / "link", inside, server.root / ".." / "x", "/etc", server.root / "nothing"):
+    outer = (outside, server.root / "link", server.root / ".." / "x", "/etc", "/no/such/folder")
+    for place in (loop, a_file, inside, "a\0b", "x" * 5000, *outer):
         response = post(server, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(place)}, ADMIN)
         assert response.status_code == 400, place
+        assert ("must be inside a folder" in error_of(response)["message"]) == (place in outer)
+    missing = post(server, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(server.root / "nothing")}, ADMIN)
+    assert missing.status_code == 404 and "must exist" in error_of(missing)["message"]
     bad = adapter_folder(server.root / "bad", -1)
     assert post(server, "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(bad)}, ADMIN).status_code == 400
     assert chat(server).status_code == 200

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.requests import Grammar, Request, Sampling, Stream
+from raytune_llm.errors import ConfigError
 from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded
 from tests.toy_engine import END, Tokenizer, ToyRunner, answer
 
@@ -86,6 +88,29 @@ def test_a_request_whose_client_goes_while_its_grammar_is_compiled_is_cancelled(
         while not streams:
             await asyncio.sleep(0.001)
         assert await asyncio.to_thread(streams[0].cancelled.wait, 30)
+
+    monkeypatch.setattr(engine, "submit", compiling)
+    asyncio.run(ask())
+
+
+def test_grammars_that_take_long_to_compile_delay_no_other_work(
+    backend: InProcessBackend, engine: NativeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    may_go, submit = threading.Event(), engine.submit
+
+    def compiling(asked: Request) -> Stream:
+        assert asked.sampling.grammar is None or may_go.wait(30)
+        return submit(request())  # a grammar needs another tokenizer
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        waiting = [asyncio.create_task(ids_of(backend, request(grammar=Grammar(kind="json")))) for _ in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(ConfigError, match="must be one that is loaded"):
+            await asyncio.wait_for(backend.remove_adapter("other"), 20)
+        assert await ids_of(backend, request()) == answer([5], 0, 4)
+        may_go.set()
+        assert await asyncio.gather(*waiting) == [answer([5], 0, 4)] * 4
 
     monkeypatch.setattr(engine, "submit", compiling)
     asyncio.run(ask())

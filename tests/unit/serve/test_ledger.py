@@ -75,6 +75,15 @@ def test_what_peers_know_is_made_beside_what_is_told_in_its_order():
     assert adapters.folders == {"a": "/two"}
 
 
+def test_a_version_that_was_written_after_a_change_outlives_it_on_a_later_replica():
+    unloaded = AdapterChange(at=5, name="a", what="folder", replaced="v1")
+    for watched, served in (("v1", {}), ("v2", {"a": "/watched"}), (None, {})):
+        adapters = Adapters()
+        adapters.folders["a"] = "/watched"
+        asyncio.run(adapters.changes.catch_up([unloaded], print, watched=lambda name, version=watched: version))
+        assert adapters.folders == served and adapters.changes.all() == [unloaded]
+
+
 def test_a_change_that_is_refused_is_as_if_nobody_had_asked():
     adapters, bad = Adapters(), AdapterChange(at=5, name="a", what="folder", folder="/bad")
 

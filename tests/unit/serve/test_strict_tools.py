@@ -58,7 +58,7 @@ def test_references_in_the_schema_of_a_required_call_find_what_they_name(grammar
         schema = {"$defs": {"Item": item}, "type": "object", "properties": properties, "required": ["item"]}
         return Tool.model_validate({"type": "function", "function": {"name": name, "parameters": schema}})
 
-    both = forced_tool_grammar([tool_of("adds", "integer"), tool_of("tells", "string")])
+    both = forced_tool_grammar([tool_of("adds", "integer"), tool_of("tells", "string")], set())
     for grammar, before in ((both, ""), (after_thought(both, "", "</think>"), "hm</think>\n\n")):
         for name, value, is_right in (
             ("adds", "3", True),
