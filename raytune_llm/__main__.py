@@ -62,17 +62,15 @@ def _run(verb: str | None, argv: list[str]) -> int:
 
         print(usage(verb, VERBS))
         return 0
-    from raytune_llm import packaged, read_ahead
+    from raytune_llm import early_checks, read_ahead
     from raytune_llm.config import command_line
-    from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
+    from raytune_llm.config.run import ChatRun, EvaluateRun, PredictRun, ServeRun, TrainRun
 
     call = command_line.parse(verb or "train", argv)
     module = f"raytune_llm.commands.{call.verb}{'_' if iskeyword(call.verb) else ''}"
 
     def verb_main(run: Any) -> int:
-        # a job's model is looked for where the job runs
-        if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun, PredictRun, ExportRun, EvaluateRun):
-            packaged.check_models(run)  # before what is slow to import
+        early_checks.check(run)
         if type(run) in (TrainRun, ServeRun, ChatRun, PredictRun, EvaluateRun):
             read_ahead.read_ahead_for(run)
         return import_module(module).main(run)

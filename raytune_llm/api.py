@@ -544,6 +544,7 @@ def _summary(outcome: TrainOutcome, clock: _Phases, before: ExactMatch | None, a
             train=outcome.train_s,
             save=outcome.save_s + clock.seconds["save"],
             total=total,
+            evaluate=clock.seconds["evaluate"],
         ),
     )
 

@@ -33,8 +33,8 @@ FEATURES = {
     "mlflow": "tracking=mlflow",
     "swanlab": "tracking=swanlab",
     "trackio": "tracking=trackio",
-    "s3fs": "data.path, output_dir=s3://...",
-    "gcsfs": "data.path, output_dir=gs://...",
+    "s3fs": "data.path, data.cache and output_dir at s3://",
+    "gcsfs": "data.path, data.cache and output_dir at gs://",
     "modelscope": "data.hub=modelscope",
 }
 """Optional package -> the settings that need it."""
@@ -148,7 +148,8 @@ def _requirements() -> list[Requirement]:
         project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
         extras = project["optional-dependencies"].items()
         listed = project["dependencies"] + [f'{line}; extra == "{extra}"' for extra, lines in extras for line in lines]
-    return [requirement for line in listed if _is_of_interest(requirement := Requirement(line))]
+    found = [requirement for line in listed if _is_of_interest(requirement := Requirement(line))]
+    return list({requirement.name: requirement for requirement in reversed(found)}.values())[::-1]  # extras repeat some
 
 
 def _is_of_interest(requirement: Requirement) -> bool:

@@ -29,7 +29,7 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Targets
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk, Source
-from raytune_llm.data.readers.declarations import Declared, declared, declared_for_evaluation
+from raytune_llm.data.readers.declarations import Declared, declared, declared_for_evaluation, source_of
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
 from raytune_llm.data.shared_stores import SharedStore, local_cache, local_folder, open_store, place_in
 from raytune_llm.data.store import (
@@ -321,18 +321,6 @@ def recipe_of(one: Declared, source: Source, preprocessor: Preprocessor, data: D
         renderer=preprocessor.renderer,
         tokenize=BlockTokenizer(preprocessor.tokenizer),
         targets=preprocessor.targets,
-    )
-
-
-def source_of(one: Declared) -> Source:
-    return sources.find(
-        one.path,
-        subset=one.subset,
-        split=one.split,
-        folder=one.folder,
-        hub=one.hub,
-        setting=one.setting,
-        split_setting=one.split_setting,
     )
 
 

@@ -12,9 +12,9 @@ from raytune_llm.config.data import DataConfig
 from raytune_llm.config.resources import INLINE
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.kinds import KINDS
-from raytune_llm.data.pipeline import find_stores, prepare, source_of
+from raytune_llm.data.pipeline import find_stores, prepare
 from raytune_llm.data.readers import sources
-from raytune_llm.data.readers.declarations import declared
+from raytune_llm.data.readers.declarations import declared, source_of
 from raytune_llm.data.samples import split_sources
 from raytune_llm.data.store import Store
 from raytune_llm.errors import ConfigError, UserError

@@ -10,10 +10,10 @@ from typing import Any
 from raytune_llm.config.data import DataConfig
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.dropped import BadRow, Dropped, RefusedRow
-from raytune_llm.data.pipeline import chunks_of, preprocessor_of, recipe_of, source_of
+from raytune_llm.data.pipeline import chunks_of, preprocessor_of, recipe_of
 from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk
-from raytune_llm.data.readers.declarations import declared
+from raytune_llm.data.readers.declarations import declared, source_of
 from raytune_llm.data.shards import BLOCK_ROWS, Recipe, made_rows
 from raytune_llm.data.tokens.tokenize import BlockTokenizer
 from raytune_llm.data.tokens.tokenizer import stop_ids

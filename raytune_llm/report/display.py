@@ -117,10 +117,9 @@ def _figures(done: RunFinished) -> list[tuple[str, str]]:
     mfu = "" if summary.mfu is None else f", mfu {summary.mfu:.1%}"
     facts.append(("trained", f"{summary.steps:,} steps, {summary.tokens:,} tokens{rate}{mfu}"))
     wall = summary.wall_s
-    parts = (
-        f"start {wall.start:.0f}, prepare {wall.prepare:.0f}, load {wall.load:.0f}, train {wall.train:.0f}, save {wall.save:.0f}"
-    )
-    facts.append(("time", f"{wall.total:.0f} s ({parts})"))
+    phases = {"start": wall.start, "prepare": wall.prepare, "load": wall.load, "train": wall.train, "save": wall.save}
+    phases |= {"evaluate": wall.evaluate} if summary.exact_match_after is not None else {}
+    facts.append(("time", f"{wall.total:.0f} s ({', '.join(f'{name} {seconds:.0f}' for name, seconds in phases.items())})"))
     facts.append(("model", escape(str(Path(done.output_dir) / "final"))))
     facts.append(("curve", escape(str(Path(done.output_dir) / "loss.png"))))
     return facts

@@ -124,6 +124,8 @@ class WallTime:
     train: float
     save: float
     total: float
+    evaluate: float = 0.0
+    """Answering held-out rows before and after training (train.exact_match_rows)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def _run(place: Path, notices: list[str]) -> _Run | None:
 def _place(folder: str) -> Path:
     place = expanded(folder)
     if not os.path.lexists(place):  # a link that leads nowhere is no run
-        raise ConfigError("runs", "must be output folders that are there", got=folder, fix="Leave it out.")
+        raise ConfigError("runs", "must be output folders of runs", got=folder, fix="There is no such folder.")
     return place
 
 

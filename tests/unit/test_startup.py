@@ -56,6 +56,12 @@ def test_help_answers_before_anything_heavy_is_loaded(argv):
         (["model=no_such_model"], "model"),
         (["trian"], "train"),
         (["import", "no_such.yaml"], "no_such.yaml"),
+        (["data.path=no_such.jsonl"], "no_such.jsonl: there is no such file or folder"),
+        (["plan", "data=alpaca", "data.path=pyproject.toml"], "pyproject.toml"),
+        (["data=commands", "data.eval_path=no_such.jsonl"], "Check data.eval_path"),
+        (["data=alpaca", "data.dataset_info=no_such", "data.names=[a]"], "data.dataset_info"),
+        (["export", "export.run=no_such", "export.output_dir=x"], "export.run"),
+        (["predict", "predict.run=no_such", "data=commands", "output_dir=x"], "predict.run"),
         (["tune", "+experiment=sft_smollm2", "adapter.rank=8,0"], "adapter.rank=0"),
     ],
 )

@@ -40,7 +40,7 @@ def test_the_output_folder_is_as_documented(done):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary["loss_first"] == metrics(run.output_dir)[0]["loss"]
-    assert set(summary["wall_s"]) == {"start", "prepare", "load", "train", "save", "total"}
+    assert set(summary["wall_s"]) == {"start", "prepare", "load", "train", "save", "total", "evaluate"}
     first = metrics(run.output_dir)[0]
     assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens_seen", "tokens_per_s", "memory_gib"} <= set(first)
     assert first["step"] == 1

@@ -17,6 +17,8 @@ from typing import Any
 
 from raytune_llm.config.data import AlpacaFormat, DataConfig, FormatConfig, OpenAIFormat, ShareGPTFormat
 from raytune_llm.config.paths import expanded
+from raytune_llm.data.readers import sources
+from raytune_llm.data.readers.chunks import Source
 from raytune_llm.data.readers.entries import TAG_NAMES, check_entry
 from raytune_llm.data.readers.files import folder_of
 from raytune_llm.data.readers.splits import Part
@@ -110,6 +112,19 @@ def at_path(data: DataConfig, path: str) -> Declared:
         num_samples=data.num_samples,
         format=data.format,
         media_dir=data.media_dir or folder_of(path),
+    )
+
+
+def source_of(one: Declared) -> Source:
+    """Where its rows are. Raises DataError if they are not there."""
+    return sources.find(
+        one.path,
+        subset=one.subset,
+        split=one.split,
+        folder=one.folder,
+        hub=one.hub,
+        setting=one.setting,
+        split_setting=one.split_setting,
     )
 
 

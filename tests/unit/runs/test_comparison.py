@@ -93,7 +93,7 @@ def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert "runs must have an output folder of a run" in capsys.readouterr().err
     assert main(["compare", *runs, str(tmp_path / "no")]) == 2
-    assert "runs must be output folders that are there" in capsys.readouterr().err
+    assert "There is no such folder" in capsys.readouterr().err
     assert main(["compare"]) == 2
     assert "runs must name" in capsys.readouterr().err
 
