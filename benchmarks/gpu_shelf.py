@@ -36,7 +36,7 @@ from raytune_llm.config.load import load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.models.adapters.method import new_config
 from raytune_llm.models.adapters.methods import method_of
-from raytune_llm.models.build import build_policy
+from raytune_llm.models.build import ForTraining, build_policy
 from raytune_llm.models.load import load_model
 from raytune_llm.models.shared import SharedModel
 from raytune_llm.models.stored import Stored, bring, model_in_files
@@ -168,8 +168,7 @@ def quantized(run: TrainRun, config: PretrainedConfig, device: torch.device) -> 
         device=device,
         runs_on=device,
         quantization=run.quantization,
-        compile_layers=device.type == "cuda",
-        activation_checkpointing="full",
+        training=ForTraining(compile_layers=device.type == "cuda", activation_checkpointing="full"),
         shared=DrawnModel(config),
     )
     bring(policy.model, device)

@@ -52,7 +52,7 @@ def answer_held_out_rows(
         seed=run.train.seed,
         device=device,
         quantization=run.quantization,
-        trains=False,
+        training=None,
         first_pieces=first_pieces(model, tokenizer),
         shared=None if run.quantization.replaces_layers else workspace.base,
     )

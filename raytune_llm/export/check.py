@@ -109,7 +109,7 @@ def outputs(
     """For each row, its log-probabilities [T - 1, V], or its score [1]. new_ids: tokens whose embeddings belong to the
     adapter."""
     config = load_config(str(model.path), model.config, **model.config_options)
-    settings: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": device, "trains": False, "scores": scores}
+    settings: dict[str, Any] = {"compute": torch.float32, "seed": 0, "device": device, "training": None, "scores": scores}
     settings["first_pieces"] = dict.fromkeys(new_ids, ())
     policy, _ = build_policy(config, model, adapter, **settings)
     policy.eval()

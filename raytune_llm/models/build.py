@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -79,6 +80,23 @@ def _cpu_has_bf16() -> bool:
     return any(f" {flag} " in flags.replace("\n", " ") for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForTraining:
+    """How a policy that is trained is built."""
+
+    adapter_seed: int | None = None
+    """The seed of a new adapter's weights, if it is not that of other random weights."""
+    slots: Slots | None = None
+    """Build a bank with these empty slots instead of an adapter."""
+    compile_layers: bool = False
+    cuda_graphs: bool = False
+    activation_checkpointing: str = "none"
+    starts_once: bool = False
+    """Compute the frozen layers at the start once for each batch."""
+    trains_again: bool = False
+    """Do so for training batches too, since they are trained on more than once."""
+
+
 def build_policy(
     config: PretrainedConfig,
     model: ModelConfig,
@@ -86,39 +104,30 @@ def build_policy(
     *,
     compute: torch.dtype,
     seed: int,
-    adapter_seed: int | None = None,
     device: torch.device,
     runs_on: torch.device | None = None,
     quantization: QuantizationConfig = UNQUANTIZED,
-    compile_layers: bool = False,
-    cuda_graphs: bool = False,
-    activation_checkpointing: str = "none",
     scores: bool = False,
     separate_head: bool = False,
-    trains: bool = True,
+    training: ForTraining | None = ForTraining(),
     files: Files | None = None,
     first_pieces: Mapping[int, Sequence[int]] = MappingProxyType({}),
     shared: SharedModel | None = None,
-    slots: Slots | None = None,
-    starts_once: bool = False,
-    trains_again: bool = False,
 ) -> tuple[Policy, str]:
     """The policy on `device`, and the reason for its attention back end. Frozen weights are in the compute type, trained ones in
     float32.
 
     device: where weights are loaded to; meta: the policy has no weights and takes no memory. runs_on: the device that it is moved
-    to later; frozen weights that are quantized go there one layer at a time. adapter_seed: the seed of a new adapter's weights,
-    if not `seed`. scores: build a Scorer instead of a CausalLM. separate_head: save the Scorer's head beside a language model.
-    trains: False if nothing is trained, not even an adapter. files: read weights from these files when they are quantized; with
-    the meta device, leave them there for a strategy to read. first_pieces: new token -> the tokens whose mean embedding it starts
-    from; with an adapter, the adapter has the new embeddings. shared: keeps a frozen base's weights for the next model. slots:
-    build a trained bank with empty slots instead of an adapter. starts_once: compute the frozen layers at the start once for each
-    batch. trains_again: do so for training batches too, since they are trained on more than once.
+    to later; frozen weights that are quantized go there one layer at a time. scores: build a Scorer instead of a CausalLM.
+    separate_head: save the Scorer's head beside a language model. training: None if nothing is trained, not even an adapter.
+    files: read weights from these files when they are quantized; with the meta device, leave them there for a strategy to read.
+    first_pieces: new token -> tokens whose mean embedding it starts from; with an adapter, the adapter has the new embeddings.
+    shared: keeps a frozen base's weights for the next model.
     """
     runs_on = runs_on or device
     in_lines = needs_lines(config, model_class(config))
     backend, reason = _attention(model, config, runs_on, compute, in_lines=in_lines)
-    frozen = not adapter.trains_base or not trains
+    frozen = not adapter.trains_base or training is None
     load = partial(
         load_model,
         config,
@@ -128,8 +137,8 @@ def build_policy(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
-    packs = frozen and quantization.replaces_layers and device.type != "meta"
-    if packs and files is None and model.weights == "pretrained" and device.type == "cuda":
+    quantizes = frozen and quantization.replaces_layers and device.type != "meta"
+    if quantizes and files is None and model.weights == "pretrained" and device.type == "cuda":
         whole = load(dtype=compute, device="meta", scores=scores)
         device = room_for(whole, device, free_bytes=torch.cuda.mem_get_info(device)[0])
     read = partial(load, dtype=compute if frozen else torch.float32, device=device, scores=scores, files=files)
@@ -148,55 +157,70 @@ def build_policy(
     grow(loaded, first_pieces)
     if not scores:
         _check_head(loaded)
-    moves_to = runs_on if packs or (files is not None and device.type != "meta") else None
+    moves_to = runs_on if quantizes or (files is not None and device.type != "meta") else None
     hold = partial(_hold, loaded, quantization, compute=compute, runs_on=runs_on, narrows=not frozen, moves_to=moves_to)
-    if slots is None:
-        drawn_with = seed if adapter_seed is None else adapter_seed
+    if training is not None and training.slots is not None:
+        hold(loaded.requires_grad_(False))  # the bank is added after quantization, which needs frozen weights
+        adapted = bank_of(loaded, training.slots, compute)
+    else:
+        drawn_with = seed if training is None or training.adapter_seed is None else training.adapter_seed
         adapted = _adapted(loaded, adapter, quantization, drawn_with, scores=scores, new_ids=sorted(first_pieces))
-        if not trains:
+        if training is None:
             adapted.model.requires_grad_(False)  # only frozen weights can be quantized
         hold(adapted.model)
         if quantization.replaces_layers:
             adapted.quantized()
-    else:
-        hold(loaded.requires_grad_(False))  # the bank is added after quantization, which needs frozen weights
-        adapted = bank_of(loaded, slots, compute)
-    if model.liger_kernel and trains:
+    options = training or ForTraining()
+    if model.liger_kernel and training is not None:
         with_liger(loaded, runs_on.type)
-    activations.keep(loaded, layers(loaded), activation_checkpointing, compile_layers=compile_layers)
-    media: dict[str, Any] = {}
-    beside: list[Callable[[], Mapping[str, Tensor]]] = []
-    if (more := predicts_more(config, model, adapter, scores=scores, grows=bool(first_pieces))) is not None:
-        beside.append(more.read)
-    if is_multimodal(config):
-        beside.append(partial(_other_media, loaded, partial(load, dtype=compute, scores=scores, text_only=False)))
-        media["files_beside"] = partial(processor_files, model.path, model.revision)
+    activations.keep(loaded, layers(loaded), options.activation_checkpointing, compile_layers=options.compile_layers)
     if scores:
         kind = partial(Scorer, language_model=partial(load, dtype=compute) if separate_head else None)
     else:
         kind = partial(CausalLM, chunk_tokens=CHUNK_TOKENS.get(runs_on.type, head.CHUNK_TOKENS))
+    more = predicts_more(config, model, adapter, scores=scores, grows=bool(first_pieces))
     made = kind(
         adapted.model,
         compute=compute,
         attention_backend=backend,
         in_lines=in_lines,
-        compiled=compile_layers,
-        offloads=activation_checkpointing == "offload" and runs_on.type == "cuda",
-        cuda_graphs=cuda_graphs,
+        compiled=options.compile_layers,
+        offloads=options.activation_checkpointing == "offload" and runs_on.type == "cuda",
+        cuda_graphs=options.cuda_graphs,
         adapters=adapted,
         has_new_adapter=adapter.starts_at_base,
         has_changed_config=bool(model.config) or model.positions is not None,
         base_vocabulary=base_vocabulary,
         shift_attn_tokens=model.shift_attn_tokens,
-        left_out=partial(_joined, beside),
-        **media,
+        **_saved_beside(config, model, loaded, partial(load, dtype=compute, scores=scores, text_only=False), more),
     )
-    if starts_once:
-        made.frozen_start = frozen_start(loaded, known, trains_again=trains_again)
-    dropout = attention.dropout_of(config) if trains else 0.0
+    if options.starts_once:
+        made.frozen_start = frozen_start(loaded, known, trains_again=options.trains_again)
+    return made, f"attention: {backend} ({reason}{_attention_in_training(config, model) if training is not None else ''})"
+
+
+def _attention_in_training(config: PretrainedConfig, model: ModelConfig) -> str:
+    """What differs in training, as the end of a sentence."""
+    dropout = attention.dropout_of(config)
     left_out = f"; without the model's attention dropout of {dropout:g}" if dropout else ""
-    groups = f"; in groups of {model.shift_attn_tokens} tokens" if trains and model.shift_attn_tokens is not None else ""
-    return made, f"attention: {backend} ({reason}{left_out}{groups})"
+    groups = "" if model.shift_attn_tokens is None else f"; in groups of {model.shift_attn_tokens} tokens"
+    return left_out + groups
+
+
+def _saved_beside(
+    config: PretrainedConfig,
+    model: ModelConfig,
+    loaded: PreTrainedModel,
+    load_whole: Callable[[], PreTrainedModel],
+    more: PredictionLayers | None,
+) -> dict[str, Any]:
+    """Arguments of a Policy about weights and files of the base that are saved with a whole model but are no part of it. more:
+    its layers for multi-token prediction."""
+    weights: list[Callable[[], Mapping[str, Tensor]]] = [] if more is None else [more.read]
+    if not is_multimodal(config):
+        return {"left_out": partial(_joined, weights)}
+    weights.append(partial(_other_media, loaded, load_whole))
+    return {"left_out": partial(_joined, weights), "files_beside": partial(processor_files, model.path, model.revision)}
 
 
 def _attention(

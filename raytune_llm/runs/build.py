@@ -23,7 +23,7 @@ from raytune_llm.models import quantization
 from raytune_llm.models.activations import compiles, lacks_for_compiling
 from raytune_llm.models.adapters import OWN, Slots, other_base
 from raytune_llm.models.attention import capability_of, case_of
-from raytune_llm.models.build import build_policy, choose_precision, precision_name, predicts_more
+from raytune_llm.models.build import ForTraining, build_policy, choose_precision, precision_name, predicts_more
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import files_to_read
 from raytune_llm.models.policy import Policy
@@ -116,27 +116,30 @@ class Builder:
         compute, why_precision = choose_precision(run.train.precision, device)
         checkpointing, why = self._checkpointing()
         files = self._files()
+        training = ForTraining(
+            adapter_seed=run.train.adapter_seed,
+            slots=Slots(tuple(one.adapter for one in self._together)) if self._together else None,
+            compile_layers=self.compiled,
+            cuda_graphs=self._captures,
+            activation_checkpointing=checkpointing,
+            starts_once=computes_first_once(run, device.type, compiled=self.compiled) and not self._together,
+            trains_again=run.train.epochs > 1 or self._shared is not None,
+        )
         policy, attention = build_policy(
             self.config,
             run.model,
             run.adapter,
             compute=compute,
             seed=run.train.seed,
-            adapter_seed=run.train.adapter_seed,
             device=self._loads_to(files),
             files=files,
             runs_on=device,
             quantization=run.quantization,
-            compile_layers=self.compiled,
-            cuda_graphs=self._captures,
-            activation_checkpointing=checkpointing,
             scores=not run.stage.writes,
             separate_head=STAGES[run.stage.name].objective(run.stage).separate_head,
+            training=training,
             first_pieces=self._first_pieces,
             shared=self._shared,
-            slots=Slots(tuple(one.adapter for one in self._together)) if self._together else None,
-            starts_once=computes_first_once(run, device.type, compiled=self.compiled) and not self._together,
-            trains_again=run.train.epochs > 1 or self._shared is not None,
         )
         compiled = "layers compiled" if self.compiled else "layers not compiled"
         adapters = policy.adapters.described(device.type)

@@ -117,7 +117,7 @@ def _other_model(
         compute=compute,
         seed=run.train.seed,
         device=device,
-        trains=False,
+        training=None,
         quantization=UNQUANTIZED if adapter is None else run.quantization,
         first_pieces=first_pieces,
     )

@@ -12,7 +12,6 @@ from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.loader import Loader
 from raytune_llm.data.pipeline import prepare
-from raytune_llm.models.build import build_policy
 from raytune_llm.runs import build
 from raytune_llm.runs.stores import open_stores
 from raytune_llm.runs.worker import work
@@ -113,7 +112,7 @@ def test_frozen_layers_computed_once_give_what_those_computed_each_time_do_acros
     assert api.train(once).resumed_from == 4
     assert [line for line in chosen if line.startswith("layers: the first 1 of 2")]
 
-    monkeypatch.setattr(build, "build_policy", lambda *args, **given: build_policy(*args, **given | {"starts_once": False}))
+    monkeypatch.setattr(build, "computes_first_once", lambda *_, **__: False)
     each_time = tiny_run(chat_rows, cache, tmp_path / "each_time", *overrides)
     del chosen[:]
     api.train(each_time, on_update=started)

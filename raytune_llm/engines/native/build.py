@@ -86,7 +86,7 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         quantization=serving.quantization,
         scores=serving.scores,
         separate_head=serving.head is not None,
-        trains=False,
+        training=None,
         first_pieces=dict.fromkeys(serving.new_ids, ()),  # their embeddings are in the adapter
     )
     if serving.head is not None:

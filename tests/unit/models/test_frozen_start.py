@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from raytune_llm import api
-from raytune_llm.models.build import build_policy
+from raytune_llm.models.build import ForTraining, build_policy
 from raytune_llm.models.frozen_start import IN_A_ROW, KnownStates, frozen_start
 from raytune_llm.models.load import load_config
 from raytune_llm.models.shared import SharedModel
@@ -24,7 +24,7 @@ LAST_TWO = lora_section(last_layers=2)
 def policy_of(family="llama", adapter: object = LAST_TWO, *, once=True, shared=None, **settings):
     config = {"model_type": family, "num_key_value_heads": 2, "pad_token_id": 0, **SIZES, **FAMILIES[family]}
     model = model_section(path=None, weights="random", config=config)
-    settings |= {"starts_once": once, "trains_again": once, "shared": shared}
+    settings = {"training": ForTraining(starts_once=once, trains_again=once), "shared": shared, **settings}
     cpu = torch.device("cpu")
     policy, _ = build_policy(load_config(None, config), model, adapter, compute=torch.float32, seed=0, device=cpu, **settings)  # type: ignore[arg-type]
     return policy
@@ -112,7 +112,7 @@ def test_a_model_whose_first_layer_or_embedding_is_trained_has_no_frozen_start()
     assert policy_of().frozen_start is not None
     assert policy_of(adapter=lora_section()).frozen_start is None
     assert policy_of(adapter=lora_section(last_layers=2, modules_to_save=["embed_tokens"])).frozen_start is None
-    assert policy_of(trains=False).frozen_start is None
+    assert policy_of(training=None).frozen_start is None
 
 
 @pytest.mark.parametrize("adapter", [["adapter.last_layers=1"], ["adapter=freeze", "adapter.last_layers=1"]])
@@ -123,7 +123,7 @@ def test_a_run_of_two_epochs_with_evaluations_is_the_same_to_the_bit(chat_rows, 
         return read_metrics(tmp_path / name / "metrics.jsonl")
 
     once = run("once")
-    monkeypatch.setattr(build, "build_policy", lambda *args, **given: build_policy(*args, **given | {"starts_once": False}))
+    monkeypatch.setattr(build, "computes_first_once", lambda *_, **__: False)
     each_time = run("each_time")
     figures = ("step", "loss", "grad_norm", "eval_loss")
     assert [[one.get(name) for name in figures] for one in once] == [[one.get(name) for name in figures] for one in each_time]

@@ -14,7 +14,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.models import attention
 from raytune_llm.models.attention.groups import group_bounds
-from raytune_llm.models.build import build_policy, run_config
+from raytune_llm.models.build import ForTraining, build_policy, run_config
 from raytune_llm.models.causal_lm import CausalLM
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import load_config as load_config_of_model
@@ -126,7 +126,7 @@ def test_a_run_says_that_it_trains_in_groups(trains):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 300}
     model = model_section(path=None, weights="random", config={"model_type": "llama", **sizes}, shift_attn_tokens=16)
     cpu, config = torch.device("cpu"), load_config_of_model(None, model.config)
-    settings = {"compute": torch.float32, "seed": 0, "device": cpu, "trains": trains}
+    settings = {"compute": torch.float32, "seed": 0, "device": cpu, "training": ForTraining() if trains else None}
     _, choice = build_policy(config, model, NoAdapter(name="none"), **settings)
     assert ("; in groups of 16 tokens" in choice) == trains
 
