@@ -17,7 +17,7 @@ from raytune_llm.config.plain import read_yaml, to_yaml_text
 from raytune_llm.config.run import ImportRun, TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.migrate.argument_rules import Settings
-from raytune_llm.migrate.rules import Find
+from raytune_llm.migrate.rules.values import Find
 from raytune_llm.migrate.translation import ArgumentOutcome, Translation, translate
 
 WIDTH = 120

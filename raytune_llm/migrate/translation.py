@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from raytune_llm.migrate.argument_rules import Becomes, Joined, NoEffect, PartOf, Refusal, Refused, Settings
 from raytune_llm.migrate.arguments import ARGUMENTS, FORMER, NULL_SAYS_SOMETHING
-from raytune_llm.migrate.rules import Find
+from raytune_llm.migrate.rules.values import Find
 
 Rule = Callable[..., Settings | NoEffect]
 Result = Settings | NoEffect | Refusal | PartOf
@@ -49,7 +49,7 @@ class Translation:
 
 
 def translate(given: Mapping[str, Any], *, world_size: int | None, dataset_info: str | None, find: Find) -> Translation:
-    """Every argument as a setting, as nothing, or as a refusal with its reason. See rules.py for what is not in the file."""
+    """Every argument as a setting, as nothing, or as a refusal with its reason. See rules/ for what is not in the file."""
     current = {FORMER.get(name, name): value for name, value in given.items()}
     mistyped = {name: Refusal(rule) for name, value in current.items() if (rule := _type_rule(DEFAULTS.get(name), value))}
     said = {name for name, value in current.items() if value is not None or name in NULL_SAYS_SOMETHING}
