@@ -1,4 +1,4 @@
-"""A sweep as it stands: its trials, what each has reported, and which comes next. Every change is an event of its log first."""
+"""The state of a sweep: its trials, what each has reported, and which one runs next. Every change is first written to the log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from raytune_llm.tune.searchers import searcher_of
 from raytune_llm.tune.trial import State, Trial
 
 Adopt = Callable[[TrainRun, Path], object]
-"""(run, folder): give the run the checkpoint of another one."""
+"""(run, folder): gives the run the checkpoint in another run's folder."""
 TRIALS = "trials"
 LONGEST_NAME = 60
 TABLE, RESULTS, BEST, PAGE = "trials.csv", "results.json", "best.yaml", "sweep.png"
@@ -40,21 +40,21 @@ class Setting:
 
     @property
     def value(self) -> float | None:
-        """The mean of its trials; none until all are finished."""
+        """The mean of its trials; None until all are finished."""
         values = self.values
         return values[0] if values else None
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Of each metric the mean of its trials; none until all are finished."""
+        """The mean of its trials for each metric; empty until all are finished."""
         done = [(trial.value, *trial.others) for trial in self.trials if trial.state == "finished" and trial.value is not None]
         return _means(done) if len(done) == len(self.trials) else ()
 
 
 class Study:
     def __init__(self, sweep: Sweep, metric: Metric, adopt: Adopt | None = None) -> None:
-        """With what the folder knows already. Raises ConfigError where it holds another sweep. adopt: for trials that take over
-        what others have learnt."""
+        """Reads the log in the sweep's folder, if there is one. Raises ConfigError if it is of another sweep. adopt: copies a
+        checkpoint, for trials that continue from others."""
         self._adopt = adopt
         self.sweep, self.metric = sweep, metric
         self.trials: list[Trial] = []
@@ -67,7 +67,8 @@ class Study:
         self._resume()
 
     def _append(self, event: Mapping[str, Any]) -> None:
-        """To the log, which begins with what sweep it is of; what another one left in the folder goes then (resume=never)."""
+        """Write an event to the log. The first one is preceded by the sweep's identity; with resume=never, what an earlier sweep
+        left in the folder is deleted before it."""
         if not self._began:
             self._began = True
             if self.sweep.run.resume == "never":
@@ -82,8 +83,9 @@ class Study:
             (folder / name).unlink(missing_ok=True)
 
     def next(self) -> Trial | None:
-        """An interrupted trial, a new one, or one that waited; none where all have begun and none that waits is to resume now."""
-        self._end_lost()  # what a crash left to do
+        """The trial to run next: an interrupted one, a new one, or one that waited. None: all have begun, and none of those that
+        wait is to resume now."""
+        self._end_lost()  # a crash may have come before it
         while self._interrupted:
             trial = self._interrupted.pop(0)
             if trial.stopping:
@@ -106,7 +108,7 @@ class Study:
         return sum(trial.asked is not None for trial in self.trials) // self.sweep.tune.seeds
 
     def run_of(self, trial: Trial) -> TrainRun:
-        """Raises ConfigError where the trial's values don't go together."""
+        """The run that trains the trial up to its next pause or its end. Raises ConfigError if its values can't be combined."""
         run = self.sweep.trial_run(trial.point, seed=trial.seed, folder=trial.folder)
         pause_at = None if trial.released else self._pause_at(trial)
         rungs = self._scheduler.rungs(trial.number) if self._halving is None else self._halving.rungs
@@ -121,10 +123,10 @@ class Study:
         if not tune.rounds:
             return tune.pause_at
         end = (trial.round + 1) * tune.grace
-        return None if end > 1 - tune.grace / 2 else end  # the last round takes what is left
+        return None if end > 1 - tune.grace / 2 else end  # the last round goes to the end
 
     def _promote(self) -> Trial | None:
-        """A trial that resumes to the next rung or to its end; none where those that it depends on are still on their way."""
+        """A trial that resumes, to the next rung or to its end. None: this depends on trials that still run."""
         assert self._halving is not None
         trial = self._halving.promoted(self.trials)
         if trial is not None:
@@ -133,7 +135,7 @@ class Study:
         return trial
 
     def _begin_next(self, trial: Trial) -> None:
-        """What a trial that waited trains next."""
+        """Let a trial that waited train its next round."""
         trial.state, trial.value = "running", None
         trial.round += 1
 
@@ -145,7 +147,7 @@ class Study:
         assert self._adopt is not None
         taken = list(exploited(self.sweep, waiting, waiting[0].round))
         for trial, donor, point in taken:
-            # Before it is in the log: until then no trial continues, so that it is the same if it must be done again.
+            # Before the event is in the log: no trial continues until then, so an interrupted copy can be repeated.
             self._adopt(self.sweep.trial_run(point, seed=trial.seed, folder=trial.folder), donor.folder)
         changed = [{"trial": trial.number, "from": donor.number, "point": point} for trial, donor, point in taken]
         self._append({"event": "exploited", "trials": [trial.number for trial in waiting], "changed": changed})
@@ -162,8 +164,8 @@ class Study:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate, of trials one after another: by the steps that are left where trials are promoted, else by the mean time
-        of those that ended. None before there is anything to go by."""
+        """An estimate for trials that run one after another: by the steps that are left if trials are promoted, else by the mean
+        time of those that ended. None: nothing is known yet."""
         total = (self.sweep.tune.trials or len(self.sweep.planned)) * self.sweep.tune.seeds
         if self._halving is None:
             took = [trial.seconds for trial in self.trials if trial.state != "running"]
@@ -178,16 +180,16 @@ class Study:
 
     @property
     def paused(self) -> list[Trial]:
-        """The best first."""
+        """Trials that wait, the best first."""
         return sorted((trial for trial in self.trials if trial.state == "paused"), key=self.score_of)
 
     def release(self, trials: Sequence[Trial]) -> None:
-        """These resume and train to their end; the others that wait are stopped where they are."""
+        """Let these trials resume and train to their end. Others that wait are stopped."""
         self._append({"event": "released", "trials": [trial.number for trial in trials]})
         self._release([trial.number for trial in trials])
 
     def clone(self, trial: Trial, changes: Point) -> Trial:
-        """A trial with other values, which resumes from where this one is and trains to its end."""
+        """A new trial with other values, which resumes from this one's checkpoint and trains to its end."""
         assert self._adopt is not None
         point = {**trial.point, **changes}
         clone = self._begin(len(self.trials), point, from_=trial)
@@ -197,8 +199,7 @@ class Study:
         return clone
 
     def report(self, trial: Trial, step: int, total_steps: int, value: float) -> bool:
-        """Take an evaluation's metric. Returns whether the trial continues. The scheduler is not asked again about a known
-        report."""
+        """Record an evaluation's metric. Returns whether the trial continues. A report that is known already changes nothing."""
         if step not in trial.reports:
             event = {"event": "reported", "trial": trial.number, "step": step, "of": total_steps, "value": value}
             self._append(event)
@@ -215,8 +216,8 @@ class Study:
         *,
         again: bool = False,
     ) -> list[Trial]:
-        """others: the values of further metrics. again: a resumed sweep tries the failed trial again. Returns the trials that
-        ended with it: they waited, and now will not resume."""
+        """End a trial. others: the values of further metrics. again: a resumed sweep tries the failed trial again. Returns the
+        waiting trials that ended with it, since they can't resume any more."""
         event = {"event": "ended", "trial": trial.number, "state": state, "value": value, "seconds": round(trial.seconds, 3)}
         told = {"reason": reason, "others": list(others), "again": again}
         self._append(event | {name: value for name, value in told.items() if value})
@@ -225,7 +226,7 @@ class Study:
         return self._end_lost()
 
     def _end_lost(self) -> list[Trial]:
-        """End those that wait in vain."""
+        """End the waiting trials that can't resume any more."""
         lost = [] if self._halving is None else self._halving.lost(self.trials)
         for trial in lost:
             event = {"event": "ended", "trial": trial.number, "state": "stopped", "value": trial.latest}
@@ -234,12 +235,12 @@ class Study:
         return lost
 
     def is_over(self, trial: Trial) -> bool:
-        """Whether its setting is: all of its seeds have ended, and none is tried again."""
+        """Whether the trial's setting is complete: trials with all seeds have ended, and none is tried again."""
         trials = self._repetitions(trial)
         return len(trials) == self.sweep.tune.seeds and all(one.over for one in trials)
 
     def _repetitions(self, trial: Trial) -> list[Trial]:
-        """Those so far of its setting, with all seeds."""
+        """The trials of its setting that have begun, one for each seed."""
         seeds = self.sweep.tune.seeds
         return self.trials[trial.number // seeds * seeds :][:seeds]
 
@@ -254,14 +255,14 @@ class Study:
 
     @property
     def ranked(self) -> list[Setting]:
-        """Finished settings, the best first; of several metrics those of the Pareto front first, the best by the first metric."""
+        """Finished settings, the best first. With several metrics, the Pareto front comes first, ordered by the first metric."""
         done = [setting for setting in self.settings if setting.values]
         front = self._front(done) if self.metric.others else []
         return sorted(done, key=lambda setting: (setting.point not in front, *self._scores(setting)))
 
     @property
     def front(self) -> list[Setting]:
-        """Finished settings than which no other one is better in one metric and as good in all, in the order of `ranked`."""
+        """The Pareto front in the order of `ranked`: no other setting is better in one metric and as good in all others."""
         front = self._front(self.settings)
         return [setting for setting in self.ranked if setting.point in front]
 
@@ -317,7 +318,7 @@ class Study:
             case "reported":
                 self._report(self.trials[number], event["step"], event["of"], event["value"])
             case "ended" if event.get("again"):
-                pass  # as if the sweep had been interrupted there
+                pass  # the trial counts as interrupted
             case "ended":
                 self.trials[number].seconds = event["seconds"]
                 self._end(self.trials[number], event["state"], event["value"], event.get("reason"), event.get("others", ()))
@@ -376,7 +377,7 @@ def _dominates(scores: Sequence[float], others: Sequence[float]) -> bool:
 
 
 def folder_name(point: Point) -> str:
-    """`base`, `lr=0.001,rank=8`, or a hash where that is long."""
+    """`base`, `lr=0.001,rank=8`, or a hash if that is long or has other characters."""
     if not point:
         return "base"
     last = {setting.rpartition(".")[2].lstrip("+"): _short(value) for setting, value in point.items()}
