@@ -40,7 +40,7 @@ def main(sweep: Sweep) -> int:
     console = Console()
     if sweep.tune.dry_run:
         return _dry_run(sweep, console)
-    scheduler = "" if sweep.tune.scheduler == "none" else f", {sweep.tune.scheduler}"
+    scheduler = f", {sweep.tune.scheduler}" if sweep.tune.compares else ""
     objectives = ", ".join(f"{better} {metric}" for metric, better in sweep.tune.objectives.items())
     console.print(
         f"[bold]{escape(sweep.run.name)}[/bold]: {sweep.tune.name} over {', '.join(axis.name for axis in sweep.axes)}"

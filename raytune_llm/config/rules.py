@@ -118,7 +118,7 @@ def trials_are_judged(
             fix = "Say, tune.metric=eval_loss, exact_match or module:function."
             raise ConfigError("tune.metric", "must be a metric of an evaluation or of a trial's end", got=metric, fix=fix)
     known = tune.says_where_to_evaluate and not needs_evaluations
-    if tune.scheduler != "none" and not known and not train.eval_at and train.eval_every_steps is None and train.epochs <= 1:
+    if tune.compares and not known and not train.eval_at and train.eval_every_steps is None and train.epochs <= 1:
         raise ConfigError(
             "train.eval_every_steps",
             f"must be given where tune.scheduler={tune.scheduler}: trials are compared at their evaluations, and one "

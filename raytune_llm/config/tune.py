@@ -66,7 +66,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if self.name != "grid" and self.trials is None:
             raise ConfigError("tune.trials", f"must be given where tune={self.name}", got="null", fix="Say, tune.trials=16.")
-        if self.at_end and self.scheduler != "none":
+        if self.at_end and self.compares:
             raise ConfigError(
                 "tune.scheduler",
                 f"must be none where tune.metric={shown(self.metric)}, which is known at a trial's end",
@@ -88,7 +88,7 @@ class TuneConfig:
                 got=True,
                 fix="Set tune.share_base=false.",
             )
-        if self.seeds > 1 and self.scheduler != "none":
+        if self.seeds > 1 and self.compares:
             raise ConfigError(
                 "tune.seeds",
                 "must be 1 where trials are ended early: a setting is judged by the mean of its seeds, at their end",
@@ -113,12 +113,17 @@ class TuneConfig:
         if len(metrics) == 1:
             return
         for setting, plain, there in (
-            ("tune.scheduler", "none", self.scheduler != "none"),
+            ("tune.scheduler", "none", self.compares),
             ("tune.pause_at", "null", self.pause_at is not None),
         ):
             if there:
                 rule = f"must be {plain} with several metrics: trials are compared by one alone before their end"
                 raise ConfigError(setting, rule, got=getattr(self, setting[5:]), fix=f"Set {setting}={plain}, or one metric.")
+
+    @property
+    def compares(self) -> bool:
+        """Whether trials are compared before their end."""
+        return self.scheduler != "none"
 
     @property
     def rounds(self) -> bool:

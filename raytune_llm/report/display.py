@@ -33,7 +33,7 @@ class Display:
 
     def run(self, name: str, text: str, settings: str) -> None:
         """`settings`: the full config as YAML, which is not shown here."""
-        self._console.print(f"[bold]{escape(name)}[/bold]: {escape(text)}", highlight=False)
+        self._console.print(f"[bold]{escape(name)}[/bold]: {escape(text)}", highlight=False, soft_wrap=True)
 
     def rows(self, done: int, total: int) -> None:
         if not self._rows_shown and done >= total:
