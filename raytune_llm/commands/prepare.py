@@ -42,7 +42,8 @@ def main(run: PrepareRun) -> int:
         console.print("Nothing to do: the store exists.")
     else:
         console.print(f"{prepared.rows_per_s:.0f} rows/s; {prepared.seconds:.1f} s in all", highlight=False)
-    console.print("Next: the same command with train in place of prepare, and without look, trains on this store.")
+    without = ", and without look," if run.look else ""
+    console.print(f"Next: the same command with train in place of prepare{without} trains on this store.", soft_wrap=True)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ class Dropped:
         return self.total - self.counts.get(LEFT_OUT, 0)
 
     def add(self, reason: str, detail: str, where: str) -> None:
+        """where: `file, row N`."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < NUM_EXAMPLES:
@@ -69,7 +71,7 @@ class Dropped:
 
     def __str__(self) -> str:
         most_frequent_first = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return "; ".join(f"{count} x {reason} ({' | '.join(self.examples[reason])})" for reason, count in most_frequent_first)
+        return "; ".join(f"{count} x {reason} ({_in_brief(self.examples[reason])})" for reason, count in most_frequent_first)
 
     def to_json(self) -> dict[str, Any]:
         return {reason: {"rows": self.counts[reason], "examples": self.examples[reason]} for reason in sorted(self.counts)}
@@ -80,3 +82,16 @@ class Dropped:
             counts={reason: entry["rows"] for reason, entry in values.items()},
             examples={reason: list(entry["examples"]) for reason, entry in values.items()},
         )
+
+
+def _in_brief(examples: Sequence[str]) -> str:
+    """Examples with a file's name, and a detail that several share, only once."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for example in examples:
+        found = re.fullmatch(r"(.*?), row (\d+)(.*)", example, re.DOTALL)
+        assert found is not None, "add got the file and the row"
+        file, number, detail = found.groups()
+        rows.setdefault((file, detail), []).append(number)
+    return " | ".join(
+        f"{file}, row{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}{detail}" for (file, detail), numbers in rows.items()
+    )
