@@ -18,7 +18,6 @@ from typing import Any
 from unicodedata import is_normalized
 
 import numpy as np
-import pyarrow as pa
 from tokenizers import Tokenizer
 
 MAX_WORDS = 200_000
@@ -70,6 +69,8 @@ class WordTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, concatenated, and the index of each text's first id, followed by the number of ids."""
+        import pyarrow as pa  # kinds of rows are imported before a command's early checks, which pyarrow would delay
+
         encoded = [text.encode() for text in texts]
         text_starts = np.cumsum([0, *map(len, encoded)])
         data = b"".join(encoded)
