@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from raytune_llm.errors import DataError
 from raytune_llm.records import Conversation
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -124,6 +125,18 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     completion: Completion | None = None
+
+
+class NotFinite(DataError):
+    """A model's results are no numbers, as with weights that are damaged or too large."""
+
+    def __init__(self, model: str | None = None) -> None:
+        """model: the adapter's name. None: the base."""
+        self.model = model
+        super().__init__(model or "the model", "its results for this prompt are no finite numbers", "Are its weights damaged?")
+
+    def __reduce__(self):
+        return NotFinite, (self.model,)
 
 
 class Stream:

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Literal, Protocol
 
 from raytune_llm.engines.engine import AdapterState, Engine, Stats
-from raytune_llm.engines.requests import Delta, Request, Sampling, Stream, TokenLogprob
+from raytune_llm.engines.requests import Delta, NotFinite, Request, Sampling, Stream, TokenLogprob
 from raytune_llm.errors import ResourceError
 
 RETRY_AFTER_S = 1.0
@@ -79,7 +80,8 @@ class Backend(Protocol):
         ...
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
-        """One vector of hidden_size per prompt; with pooling=score, one number per prompt. Raises what `stream` does."""
+        """One vector of hidden_size per prompt; with pooling=score, one number per prompt. Raises what `stream` does, and
+        NotFinite."""
         ...
 
     async def prompt_logprobs(self, prompt: Sequence[int], adapter: str | None, top: int) -> list[TokenLogprob]:
@@ -137,7 +139,10 @@ class InProcessBackend:
 
     async def pooled(self, prompts: Sequence[Sequence[int]], pooling: Pooling, adapter: str | None) -> list[list[float]]:
         with self._one_more():
-            return await asyncio.wrap_future(self._engine.pooled(prompts, pooling, adapter))
+            vectors = await asyncio.wrap_future(self._engine.pooled(prompts, pooling, adapter))
+        if not all(isfinite(sum(vector)) for vector in vectors):
+            raise NotFinite(adapter)
+        return vectors
 
     @contextmanager
     def _one_more(self) -> Iterator[None]:
@@ -165,6 +170,8 @@ class InProcessBackend:
             return []
         with self._one_more():
             (scored,) = await asyncio.wrap_future(self._engine.answer_logprobs([list(prompt[:1])], [rest], adapter, top=top))
+        if not isfinite(sum(one.logprob for one in scored)):
+            raise NotFinite(adapter)
         return [TokenLogprob(token=token, logprob=one.logprob, top=one.top) for token, one in zip(rest, scored, strict=True)]
 
     async def adapters(self) -> Sequence[AdapterState]:

@@ -36,9 +36,21 @@ from raytune_llm.engines.native.scoring import ScoredText, Waves, texts_of
 from raytune_llm.engines.native.slots import Adapter, Bank, Slots
 from raytune_llm.engines.native.started import Started
 from raytune_llm.engines.native.text import text_of
-from raytune_llm.engines.requests import Completion, Delta, Finish, Grammar, Request, ScoredToken, Stream, TokenLogprob
+from raytune_llm.engines.requests import (
+    Completion,
+    Delta,
+    Finish,
+    Grammar,
+    NotFinite,
+    Request,
+    ScoredToken,
+    Stream,
+    TokenLogprob,
+)
 from raytune_llm.errors import ConfigError, ResourceError
 
+LOST = -1
+"""In place of a token whose logits are no finite numbers."""
 IDLE_S = 0.2
 """Interval of an idle loop's heartbeat."""
 
@@ -344,10 +356,15 @@ class NativeEngine:
         """Run the pieces and sample. Until it is read, each row's new token is a reference to its place on the device."""
         logits_RV = self._runner.run(pieces)
         rows = [piece.row for piece in pieces if piece.samples]
-        tokens_R, scored = self._sample(logits_RV, rows) if rows else (torch.empty(0, dtype=torch.int64), {})
+        tokens_R = told_R = torch.empty(0, dtype=torch.int64)
+        scored: dict[Row, TokenLogprob] = {}
+        if rows:
+            lost_R = ~(logits_RV.amax(dim=1) < torch.inf)  # NaN too; before the logits are changed
+            tokens_R, scored = self._sample(logits_RV, rows)
+            told_R = tokens_R.masked_fill(lost_R, LOST)
         if self._runner.sampled is not None:
             self._runner.sampled(tokens_R)
-        started = Started(pieces, rows, tokens_R, scored)
+        started = Started(pieces, rows, told_R, scored)
         for piece in pieces:
             piece.row.computed = piece.stop
         for number, row in enumerate(rows):
@@ -451,6 +468,11 @@ class NativeEngine:
     def _take(self, row: Row, place: int, token: int) -> Finish | None:
         """Put a sampled token into its place in the row. If it is the last one, the row leaves the batch, and the finish reason
         is returned."""
+        if token == LOST:
+            row.done = True
+            self._leave(row, place)
+            row.stream.fail(NotFinite(self._own_adapter if row.adapter is None else row.adapter.name))
+            return None
         self._generated += 1
         if row.matcher is not None and not row.matcher.accept_token(token):
             row.done = True

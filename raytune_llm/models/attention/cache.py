@@ -56,6 +56,12 @@ class PagedCache:
         values.flatten(0, 1).index_copy_(0, places_L, value_LHD.to(self.dtype))
         return keys, values
 
+    def clear(self, layer: int, places_F: Tensor) -> None:
+        """Zeros at these places of the layer."""
+        if places_F.numel():
+            for held in self.layers[layer]:
+                held.flatten(0, 1).index_fill_(0, places_F, 0)
+
     def _made(self, layer: int, key_LHD: Tensor, value_LHD: Tensor) -> tuple[Tensor, Tensor]:
         if not self._alike:
             return self._empty(key_LHD), self._empty(value_LHD)
@@ -66,7 +72,7 @@ class PagedCache:
         return keys[layer], values[layer]
 
     def _empty(self, like_LHD: Tensor, *layers: int) -> Tensor:
-        """Zeros, since what is behind a row's end is masked, and a weight of 0 times what is not a number is none."""
+        """Zeros: what is behind a row's end is masked, but must be numbers, since 0 times another is none (`behind_F`)."""
         shape = (*layers, self.num_blocks, self.block_size, *like_LHD.shape[1:])
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
@@ -134,7 +140,7 @@ class CachedRows:
     cu_queries_S: Tensor
     """int32 [R + 1]: where each row's new tokens begin among the L, and the end."""
     tables_RK: Tensor
-    """int32: the blocks of each row, in order; entries after a row's last block are ignored."""
+    """int32: the blocks of each row, in order, and the last one again up to the length of the longest row."""
     lengths_R: Tensor
     """int32: tokens of each row, the new ones among them (vLLM's seqused_k)."""
     decoding: int
@@ -145,6 +151,9 @@ class CachedRows:
     """lengths_R on the host."""
     max_length: int
     """Upper bound of the length of a decoding row."""
+    behind_F: Tensor | None = None
+    """int64: places behind the rows' ends in blocks that this step begins. What other rows left there is masked, but must be
+    numbers. None: no operation of this step reads them."""
     read: ReadPlaces | None = None
     """The places to read from, on a GPU; None on a CPU."""
 
@@ -161,10 +170,14 @@ class CachedRows:
         for number, row in enumerate(rows):
             blocks = row.blocks[: -(-int(lengths[number]) // size)]
             tables[number, : len(blocks)] = blocks
+            tables[number, len(blocks) :] = blocks[-1]  # a row reads no other row's, of which those masked may be no numbers
         cu_queries = np.concatenate([[0], counts.cumsum()])
         row_L = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(len(row_L)) - cu_queries[row_L] + starts[row_L]
         places = tables[row_L, positions // size].astype(np.int64) * size + positions % size
+        last = (lengths - 1) // size
+        places_RS = (tables[np.arange(len(rows)), last].astype(np.int64) * size)[:, None] + np.arange(size)
+        is_behind_RS = (starts <= last * size)[:, None] & (np.arange(size) >= (lengths - last * size)[:, None])
         ids = np.concatenate([np.asarray(row.ids, np.int64) for row in rows])
 
         def put(values: np.ndarray) -> Tensor:
@@ -184,6 +197,7 @@ class CachedRows:
             places_L=put(places),
             cu_queries_S=put(cu_queries.astype(np.int32)),
             tables_RK=put(tables),
+            behind_F=put(places_RS[is_behind_RS]),
             lengths_R=put(lengths.astype(np.int32)),
             decoding=decoding,
             starts=tuple(cu_queries.tolist()),

@@ -42,6 +42,8 @@ def cached_attention(
     keys, values = rows.cache.write(layer, rows.places_L, k_LHD, v_LHD)
     if rows.read is not None and scores.softcap is None and sinks_H is None and _flash_takes(q_LHD, v_LHD):
         return _flash(q_LHD, keys, values, scores, rows, rows.read).unsqueeze(0)
+    if rows.behind_F is not None:
+        rows.cache.clear(layer, rows.behind_F)
     out_LHD = q_LHD.new_empty((*q_LHD.shape[:2], v_LHD.shape[-1]))
     if rows.decoding:
         out_LHD[: rows.decoding] = _decoding(q_LHD[: rows.decoding], keys, values, scores, rows, sinks_H)

@@ -40,7 +40,7 @@ def sampling_of(
     if room < 1 or (limit is not None and limit > room):
         requested = f"{prompt_tokens} tokens of the prompt and {limit or 1} of the answer"
         raise invalid(
-            f"This model's maximum length is {max_length} tokens, but the request needs {requested}",
+            f"This model's maximum context length is {max_length} tokens, but the request needs {requested}",
             None,
             "context_length_exceeded",
         )

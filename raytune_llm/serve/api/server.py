@@ -91,7 +91,7 @@ class Server:
         max_length = self.backend.facts.max_length
         for number, ids in enumerate(inputs):
             if not 0 < len(ids) <= max_length:
-                what = f"Input {number} has {len(ids)} tokens; this model takes 1 to {max_length}"
+                what = f"Input {number} has {len(ids)} tokens; this model's maximum context length is {max_length} tokens"
                 raise invalid(what, "input", "context_length_exceeded")
 
 

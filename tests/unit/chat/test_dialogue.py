@@ -216,7 +216,7 @@ def test_an_answer_is_as_long_as_what_is_left_of_the_context(scripted, dialogue)
     dialogue.say("Is it?")
     assert answered(dialogue)[0].text == "Yes."
     dialogue.say("x" * 2000)
-    with pytest.raises(ResourceError, match="maximum length is 1000 tokens"):
+    with pytest.raises(ResourceError, match="maximum context length is 1000 tokens"):
         answered(dialogue)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from raytune_llm.engines.native.engine import NativeEngine
-from raytune_llm.engines.requests import Grammar, Request, Sampling, Stream
+from raytune_llm.engines.requests import Grammar, NotFinite, Request, Sampling, ScoredToken, Stream
 from raytune_llm.errors import ConfigError
 from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded
 from tests.toy_engine import END, Tokenizer, ToyRunner, answer
@@ -91,6 +92,19 @@ def test_a_request_whose_client_goes_while_its_grammar_is_compiled_is_cancelled(
 
     monkeypatch.setattr(engine, "submit", compiling)
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_vectors_and_log_probabilities_that_are_no_numbers_are_an_error(
+    backend: InProcessBackend, runner: ToyRunner, monkeypatch: pytest.MonkeyPatch, wrong: float
+):
+    monkeypatch.setattr(runner, "pooled", lambda prompts, pooling, slot: [[1.0, wrong] for _ in prompts])
+    scored = [[ScoredToken(-1.0, True), ScoredToken(wrong, False)]]
+    monkeypatch.setattr(runner, "answer_logprobs", lambda prompts, answers, slot, top: scored)
+    with pytest.raises(NotFinite):
+        asyncio.run(backend.pooled([[5]], "mean", None))
+    with pytest.raises(NotFinite):
+        asyncio.run(backend.prompt_logprobs([5, 6, 7], None, 1))
 
 
 def test_grammars_that_take_long_to_compile_delay_no_other_work(

@@ -7,6 +7,7 @@ tests/invariant/test_served_equals_trained.py holds the same of real models.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raytune_llm.engines.native.adapter_store import AdapterStore
 from raytune_llm.engines.native.engine import NativeEngine
+from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.requests import Request, Sampling
 from raytune_llm.errors import ConfigError, DataError, ResourceError
 from tests.toy_engine import END, WORDS, Tokenizer, ToyRunner, V, adapter_folder, answer, following
@@ -232,6 +235,39 @@ def test_weights_that_changed_on_disk_fail_their_rows_and_no_other(engine_of, tm
     with pytest.raises(DataError, match="another version"):
         engine.submit(Request(prompt_ids=[7], adapter="a1")).result()
     assert engine.submit(Request(prompt_ids=[7], adapter="a2", sampling=Sampling(max_new_tokens=3))).result().ids
+
+
+class DamagedRunner(ToyRunner):
+    """With an adapter, a text of six tokens has no numbers."""
+
+    wrong = math.nan
+
+    def run(self, pieces: list[Piece]) -> torch.Tensor:
+        lengths = [(row.slot, stop) for row, _, stop in pieces if stop == len(row.ids)]
+        logits = super().run(pieces)
+        for number, (slot, length) in enumerate(lengths):
+            if slot >= 0 and length == 6:
+                logits[number, 3] = self.wrong
+        return logits
+
+
+@pytest.mark.parametrize("runs_ahead", [True, False])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_row_without_numbers_fails_and_no_other(engine_of, tmp_path: Path, wrong: float, runs_ahead: bool):
+    runner = DamagedRunner(runs_ahead=runs_ahead)
+    runner.wrong = wrong
+    engine = engine_of(runner)
+    engine.add_adapter("bad", adapter_folder(tmp_path / "bad", 3))
+    for sampling in (Sampling(max_new_tokens=9), Sampling(max_new_tokens=9, temperature=1.0, logprobs=2, min_new_tokens=9)):
+        runner.go.clear()
+        bad = engine.submit(Request(prompt_ids=[5, 6, 7], adapter="bad", sampling=sampling))
+        good = engine.submit(Request(prompt_ids=[5, 6, 7], sampling=Sampling(max_new_tokens=9)))
+        runner.go.set()
+        with pytest.raises(DataError, match="bad: its results for this prompt are no finite numbers"):
+            bad.result()
+        assert list(good.result().ids) == answer([5, 6, 7], 0, 9)
+    assert engine.submit(Request(prompt_ids=[5, 6, 7], adapter="bad", sampling=Sampling(max_new_tokens=2))).result().ids
+    assert engine.stats().running == 0 and engine.stats().cache_used == 0
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(engine_of):
