@@ -65,7 +65,7 @@ UNCOMPUTED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "lora_bias": lambda config: bool(config.get("lora_bias")),
     "rank_pattern": lambda config: bool(config.get("rank_pattern")),
     "alpha_pattern": lambda config: bool(config.get("alpha_pattern")),
-    "init_lora_weights": lambda config: _changes_the_base(config.get("init_lora_weights", True)),
+    "init_lora_weights": lambda config: changes_the_base(config.get("init_lora_weights", True)),
     "layer_replication": lambda config: bool(config.get("layer_replication")),
     "target_parameters": lambda config: bool(config.get("target_parameters")),
     "trainable_token_indices": lambda config: bool(config.get("trainable_token_indices")),
@@ -76,7 +76,8 @@ UNCOMPUTED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
 """Field of adapter_config.json -> whether a config uses it for something that a package may not support."""
 
 
-def _changes_the_base(start: Any) -> bool:
+def changes_the_base(start: Any) -> bool:
+    """Whether PEFT changes the base's weights when it loads an adapter with this `init_lora_weights`."""
     return isinstance(start, str) and start.lower() not in PLAIN_STARTS
 
 

@@ -11,7 +11,7 @@ import inspect
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from raytune_llm import packaged
 from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.config.serve import HFEngine as HFSettings
+from raytune_llm.engines.adapter_limits import changes_the_base
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.row import Row
@@ -34,7 +35,7 @@ from raytune_llm.engines.native.slots import Bank
 from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters
-from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of
+from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of, read_config
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.score_head import refuse_separate_head
 from raytune_llm.models.vocabulary import grow
@@ -54,7 +55,7 @@ def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
     limit = serving.limit or settings.max_length
     runner = HFRunner(
         model,
-        checked_on=PeftAdapters(_load(serving, torch.device("meta"))),
+        weightless=lambda: PeftAdapters(_load(serving, torch.device("meta"))),
         num_slots=serving.max_adapters,
         num_blocks=settings.max_rows * -(-limit // BLOCK_SIZE),
         own=serving.adapter,
@@ -128,15 +129,15 @@ class HFRunner:
         self,
         model: Any,
         *,
-        checked_on: PeftAdapters,
+        weightless: Callable[[], PeftAdapters],
         num_slots: int,
         num_blocks: int,
         own: SavedAdapter | None = None,
         scores: bool = False,
         new_ids: Sequence[int] = (),
     ) -> None:
-        """checked_on: the adapters of a copy of the model on the meta device, on which new adapters are checked. own: an adapter
-        that is part of the model. new_ids: the tokens that it adds."""
+        """weightless: makes the adapters of a copy of the model on the meta device, on which new adapters are checked. own: an
+        adapter that is part of the model. new_ids: the tokens that it adds."""
         grow(model, dict.fromkeys(new_ids, ()))
         self._adapters = PeftAdapters(model, scores=scores)
         if own is not None:
@@ -146,7 +147,7 @@ class HFRunner:
         self._without_bank = None if own is None else OWN
         self.bank: Bank | None = None if own is not None else HFBank(self._adapters, num_slots)
         self.vocab_size: int = model.config.get_text_config().vocab_size
-        self._checked_on, self._checking = checked_on, threading.Lock()
+        self._weightless, self._checked_on, self._checking = weightless, weightless(), threading.Lock()
         taken = inspect.signature(type(model).forward).parameters
         self._cache_name = next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[0])
         self._caches: WeakKeyDictionary[Row, Any] = WeakKeyDictionary()
@@ -187,9 +188,19 @@ class HFRunner:
     def read_adapter(self, folder: Path) -> tuple[Copied, int]:
         refuse_separate_head(folder, "the adapter")
         copied = Copied(folder)
+        config = read_config(copied.path, "the adapter")
+        start = getattr(config, "init_lora_weights", True)
+        if changes_the_base(start) or getattr(config, "layer_replication", None):
+            what = f"init_lora_weights={start}" if changes_the_base(start) else "layer_replication"
+            rule = f"must leave the base as it is, which others use too, and {what} changes it"
+            raise ConfigError("the adapter", rule, got=str(folder), fix="Merge it into its base by `export`.")
         with self._checking:
-            self._checked_on.add("tried", SavedAdapter(path=copied.path, setting="the adapter"))
-            self._checked_on.remove("tried")
+            try:
+                self._checked_on.add("tried", SavedAdapter(path=copied.path, setting="the adapter"))
+                self._checked_on.remove("tried")
+            except Exception:
+                self._checked_on = self._weightless()  # PEFT may have put a part of it into the layers
+                raise
         return copied, rank_of(copied.path, "the adapter")
 
     def _forward(self, row: Row, start: int, stop: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raytune_llm.config.adapter import AdapterConfig, Layered, SavedAdapter
-from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.errors import ConfigError, UserError, first_line
 from raytune_llm.models.adapters.grouped import described, group
 from raytune_llm.models.adapters.method import Method, new_config, tied_ends
 from raytune_llm.models.adapters.methods import method_of, saved_method
@@ -205,7 +205,7 @@ class PeftAdapters:
                     self._peft = get_peft_model(self._base, config, key, autocast_adapter_dtype=True)
                 else:
                     self._peft.add_adapter(key, config, autocast_adapter_dtype=True)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # PEFT raises anything for a config that doesn't fit
             if source.path is None:
                 raise
             raise unfit(first_line(error), str(source.path), setting, base_model) from error
@@ -225,9 +225,11 @@ class PeftAdapters:
             try:
                 may_lack = SCORE_HEAD if self._scores else ()
                 load_weights(self._peft, key, source.path, setting, may_lack=may_lack, base_model=base_model)
-            except ConfigError:
+            except Exception as error:
                 self._take_off(name)
-                raise
+                if isinstance(error, UserError):
+                    raise
+                raise unfit(first_line(error), source.path, setting, base_model) from error
 
     def _file(self, name: str, parameters: Mapping[str, Tensor] | None) -> tuple[PeftConfig, Mapping[str, Tensor]]:
         """The config and tensors of an adapter's file. parameters: values to save instead of the adapter's own."""

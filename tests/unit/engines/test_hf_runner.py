@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def test_adapters_that_can_not_be_mixed_are_served(config: Any, tmp_path: Path):
         engine.close()
 
 
+def altered(folder: Path, changed: dict[str, Any]) -> Path:
+    """An adapter whose config says something else than its weights."""
+    config = save_adapter("llama", folder, 1) / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    return folder
+
+
 def test_a_bad_adapter_is_refused_and_the_engine_goes_on(tmp_path: Path):
     folder = save_base("llama", tmp_path / "base")
     engine = engine_of(folder)
@@ -128,7 +136,12 @@ def test_a_bad_adapter_is_refused_and_the_engine_goes_on(tmp_path: Path):
         truncated = save_adapter("llama", tmp_path / "cut", 1)
         weights = truncated / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-        for bad in (other, truncated, tmp_path / "nothing"):
+        changed = [
+            {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}, {"target_modules": ["nothing"]}, {"lora_alpha": "x"},
+            {"r": 10**30}, {"layers_to_transform": [0]}, {"megatron_config": {"a": 1}}, {"layer_replication": [[0, 2], [0, 2]]},
+            {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
+        ]  # fmt: skip
+        for bad in (other, truncated, tmp_path / "nothing", *(altered(tmp_path / str(n), one) for n, one in enumerate(changed))):
             with pytest.raises(UserError):
                 engine.add_adapter("bad", bad)
         good = save_adapter("llama", tmp_path / "good", 1)
