@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.errors import ConfigError
+from raytune_llm.models.lora_starts import changes_the_base
 from raytune_llm.models.score_head import refuse_separate_head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that don't change the base. Others (PiSSA, OLoRA, CorDA, LoftQ) do when PEFT loads the
-adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +72,6 @@ UNCOMPUTED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "use_qalora": lambda config: bool(config.get("use_qalora")),
 }
 """Field of adapter_config.json -> whether a config uses it for something that a package may not support."""
-
-
-def changes_the_base(start: Any) -> bool:
-    """Whether PEFT changes the base's weights when it loads an adapter with this `init_lora_weights`."""
-    return isinstance(start, str) and start.lower() not in PLAIN_STARTS
 
 
 def _read(folder: Path, setting: str) -> Mapping[str, Any]:

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from raytune_llm import packaged
 from raytune_llm.config.adapter import SavedAdapter
 from raytune_llm.config.serve import HFEngine as HFSettings
-from raytune_llm.engines.adapter_limits import changes_the_base
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.engine import NativeEngine
 from raytune_llm.engines.native.row import Row
@@ -36,6 +35,7 @@ from raytune_llm.engines.requests import ScoredToken
 from raytune_llm.errors import ConfigError, DataError
 from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS, rank_of, read_config
+from raytune_llm.models.lora_starts import changes_the_base
 from raytune_llm.models.multimodal import text_model
 from raytune_llm.models.score_head import refuse_separate_head
 from raytune_llm.models.vocabulary import grow

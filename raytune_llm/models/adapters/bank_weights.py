@@ -24,11 +24,13 @@ from raytune_llm.models.adapters.banked import BankShape
 from raytune_llm.models.adapters.method import new_config, sides
 from raytune_llm.models.adapters.methods import method_of
 from raytune_llm.models.adapters.saved import PREFIX, WEIGHTS, read_config, tensor_names
+from raytune_llm.models.lora_starts import changes_the_base
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """A tensor's name in a file is PREFIX + the layer's name + A or B."""
 MORE = {
     "use_dora": "DoRA",
+    "layer_replication": "layers that are repeated",
     "lora_bias": "a bias",
     "modules_to_save": "whole modules",
     "trainable_token_indices": "tokens of its own",
@@ -171,6 +173,8 @@ def more_than_lora(config: PeftConfig) -> str | None:
         return str(getattr(config.peft_type, "value", config.peft_type))
     if config.bias != "none":
         return "with biases"
+    if changes_the_base(start := config.init_lora_weights):
+        return f"initialized by {start}, which changes the base"
     found = next((what for name, what in MORE.items() if getattr(config, name, None)), None)
     return None if found is None else f"with {found}"
 

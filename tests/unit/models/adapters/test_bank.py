@@ -323,6 +323,8 @@ def test_an_adapter_that_does_not_fit_a_bank_is_refused_by_name(folders: list[Pa
         (bank, {"use_dora": True}, weights, "be plain LoRA .* and is with DoRA"),
         (bank, {"modules_to_save": ["lm_head"]}, weights, "and is with whole modules"),
         (bank, {"bias": "lora_only"}, weights, "and is with biases"),
+        (bank, {"init_lora_weights": "pissa_niter_4"}, weights, "and is initialized by pissa_niter_4, which changes the base"),
+        (bank, {"layer_replication": [[0, 2], [0, 2]]}, weights, "and is with layers that are repeated"),
         (bank, {"r": 4}, weights, "has rank 2 by its tensors, but 4 by its config"),
         (bank, {"rank_pattern": {"down_proj": 3}}, weights, "down_proj has rank 2 by its tensors, but 3 by its config"),
         (bank, {"rank_pattern": {"(": 2}}, weights, "must be objects of patterns"),
