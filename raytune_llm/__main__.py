@@ -5,6 +5,7 @@ Imports nothing heavy: help and mistakes in settings answer before torch or ray 
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from importlib import import_module
@@ -80,10 +81,24 @@ def _run(verb: str | None, argv: list[str]) -> int:
     return verb_main(command_line.load(call))
 
 
-def _instead(verb: str | None, argv: list[str], override: str) -> str | None:
+def _instead(verb: str | None, argv: list[str], option: str) -> str | None:
+    """The command with this option of a group, quoted for a shell, if it is accepted. An experiment that sets `model.path`
+    itself keeps its model whatever option of the group is chosen, so a packaged model's path is tried, too."""
+    from raytune_llm import early_checks, packaged
     from raytune_llm.config import command_line
+    from raytune_llm.errors import UserError
 
-    return command_line.with_override(verb, argv, override)
+    words = command_line.with_option(argv, option)
+    if words is None:
+        return None
+    paths = [f"model.path={path}" for path, package in packaged.PACKAGED.items() if package.option == option]
+    for more in ([], *([path] for path in paths)):
+        try:
+            early_checks.check(command_line.load(command_line.parse(verb or "train", [*words, *more])))
+        except UserError:
+            continue
+        return shlex.join(["python", "-m", "raytune_llm", *([verb] if verb else []), *words, *more])
+    return None
 
 
 def _unknown_verb(word: str) -> Exception:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -129,14 +128,13 @@ def load(call: Call) -> Any:
     return load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
 
 
-def with_override(verb: str | None, argv: Sequence[str], override: str) -> str | None:
-    """The command, quoted for a shell, with this override instead of all others of its group. None for --config-name and
-    --config-env, whose config has no groups."""
+def with_option(argv: Sequence[str], option: str) -> list[str] | None:
+    """The command's words with this option of a group (`model=x`) instead of all other words about the group. None for
+    --config-name and --config-env, whose config has no groups."""
     if any(re.match(r"(--config-name|-cn|--config-env)(=|$)", word) for word in argv):
         return None
-    group = override.partition("=")[0]
-    others = [word for word in argv if not re.match(rf"[+~]*{group}([.=@]|$)", word)]
-    return shlex.join(["python", "-m", "raytune_llm", *([verb] if verb else []), *others, override])
+    group = option.partition("=")[0]
+    return [*(word for word in argv if not re.match(rf"[+~]*{group}([.=@]|$)", word)), option]
 
 
 def run_hydra(call: Call, verb_main: Callable[[Any], int]) -> int:

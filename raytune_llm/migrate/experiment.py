@@ -46,7 +46,8 @@ def write(run: ImportRun, translation: Translation) -> Path:
         load_config("train", [f"+experiment={name}"], config_dir=folder)
     target = expanded(run.config_dir) / "experiment" / f"{name}.yaml"
     if target.exists() and not _holds(target, text) and not run.overwrite:
-        raise ConfigError("name", f"must be that of no experiment: {target} is there", got=name, fix="Or set overwrite=true.")
+        fix = "Choose another name, or set overwrite=true."
+        raise ConfigError("name", f"must be new: {target} is another experiment", got=name, fix=fix)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.partial")

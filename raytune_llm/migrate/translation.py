@@ -51,7 +51,8 @@ class Translation:
 def translate(given: Mapping[str, Any], *, world_size: int | None, dataset_info: str | None, find: Find) -> Translation:
     """Every argument as a setting, as nothing, or as a refusal with its reason. See rules/ for what is not in the file."""
     current = {FORMER.get(name, name): value for name, value in given.items()}
-    mistyped = {name: Refusal(rule) for name, value in current.items() if (rule := _type_rule(DEFAULTS.get(name), value))}
+    rules = {name: rule for name, value in current.items() if (rule := _type_rule(DEFAULTS.get(name), value))}
+    mistyped = {name: Refusal(f"{rule}, got {current[name]!r}") for name, rule in rules.items()}
     said = {name for name, value in current.items() if value is not None or name in NULL_SAYS_SOMETHING}
     values = {**DEFAULTS, **{name: current[name] for name in said - mistyped.keys()}}
     values |= {"world_size": world_size, "dataset_info": dataset_info, "find": find}
@@ -98,7 +99,7 @@ def _result(name: str, values: Mapping[str, Any], applied: dict[Rule, Result]) -
     match ARGUMENTS.get(name):
         case None:
             near = difflib.get_close_matches(name, ARGUMENTS, n=1)
-            return Refusal("is no argument of LLaMA-Factory 0.9.5" + (f"; did you mean {near[0]}?" if near else ""))
+            return Refusal("is no argument of LLaMA-Factory 0.9.5" + (f" (did you mean {near[0]}?)" if near else ""))
         case NoEffect() as rule:
             return rule
         case Refused(default, why):

