@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from raytune_llm import packaged
+from raytune_llm.adapter_folder import check_files
 from raytune_llm.config.data import DataConfig
-from raytune_llm.config.paths import expanded
+from raytune_llm.config.paths import expanded, value_of
+from raytune_llm.config.resources import on_cluster
 from raytune_llm.config.run import ChatRun, EvaluateRun, ExportRun, PredictRun, PrepareRun, ServeRun, TrainRun
 
 
@@ -14,6 +16,7 @@ def check(run: Any) -> None:
     """Raises ConfigError or DataError. What a job of a cluster reads is looked for where the job runs."""
     if type(run) in (TrainRun, PrepareRun, ServeRun, ChatRun, PredictRun, ExportRun, EvaluateRun):
         packaged.check_models(run)
+        _check_adapters(run)
     if type(run) in (TrainRun, PrepareRun):
         _check_rows(run.data, run.stage.kind)
     if isinstance(run, ExportRun):
@@ -21,6 +24,24 @@ def check(run: Any) -> None:
     if isinstance(run, PredictRun):
         _check_run(run.predict.run, "predict.run")
         _check_run(run.predict.judge, "predict.judge")
+
+
+def _check_adapters(run: Any) -> None:
+    """Whether folders of adapters exist, if they are read on this machine. What is in them is checked when they are read."""
+    resources = value_of(run, "resources")
+    if resources is not None and on_cluster(resources):
+        return
+    for setting in ("adapter.path", "model.merged_adapters", "serve.adapters", "predict.adapters", "export.adapters"):
+        match value_of(run, setting):
+            case str(folder):
+                named = [(setting, folder)]
+            case dict(folders):
+                named = [(f"{setting}.{name}", folder) for name, folder in folders.items()]
+            case folders:
+                named = [(setting, folder) for folder in folders or ()]
+        for name, folder in named:
+            if not expanded(folder).exists():
+                check_files(folder, name)
 
 
 def _check_rows(data: DataConfig, kind: str) -> None:

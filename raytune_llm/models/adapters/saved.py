@@ -14,14 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raytune_llm.adapter_folder import CONFIG, WEIGHTS, check_files
 from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.models.adapters.peft_alone import find_bitsandbytes
 from raytune_llm.models.finished import check_unchanged
 
-CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 """The prefix of parameter names in PEFT's model and in its files."""
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NUMBERS = ("r", "alpha", "lora_alpha")
 """Numeric entries of a config, which PEFT does not check."""
 MAX_HASHED_BYTES = 256 << 20
@@ -30,14 +29,8 @@ MAX_HASHED_BYTES = 256 << 20
 
 def read_config(path: str, setting: str) -> PeftConfig:
     """The config of the adapter in the folder. Raises ConfigError, which names the setting, if the folder is not an adapter's."""
-    folder = Path(path)
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(
-            setting, f"must be a folder with {CONFIG}", got=path, fix="Train that adapter first, or name another folder."
-        )
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise ConfigError(setting, f"must be a folder with {WEIGHTS[0]}", got=path, fix="Copy the whole folder.")
-    check_unchanged(folder, setting, max_bytes=MAX_HASHED_BYTES)
+    check_files(path, setting)
+    check_unchanged(Path(path), setting, max_bytes=MAX_HASHED_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Specified to not save vera_A")
