@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_llm import packaged, session
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config import command_line
 from raytune_llm.config.paths import expanded, value_of, with_absolute_paths
 from raytune_llm.config.plain import as_plain, to_yaml
@@ -181,7 +182,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
     """
     from raytune_llm.runs.output import check_final
     from raytune_llm.runs.owner import check_writable, owned
-    from raytune_llm.runs.remote_output import FILES
+    from raytune_llm.runs.remote_output import FILES, FOLDERS
     from raytune_llm.runs.together import fit_together
     from raytune_llm.runs.workspace import Workspace
 
@@ -190,7 +191,7 @@ def train_together(parts: Sequence[Part], *, workspace: Workspace | None = None)
     with ExitStack() as stack:
         clocks = [_Phases(time.time()) for _ in parts]
         for part in parts:
-            check_writable(Path(part.run.output_dir), *FILES)
+            check_writable(Path(part.run.output_dir), *FILES, folders=FOLDERS)
             stack.enter_context(owned(Path(part.run.output_dir)))
             check_final(part.run, Path(part.run.output_dir))
         for clock in clocks:
@@ -273,6 +274,7 @@ def _opened(
     workspace: Workspace,
 ) -> _Opened:
     from raytune_llm.runs.output import finished, identity, open_output
+    from raytune_llm.runs.remote_output import clear
     from raytune_llm.runs.stores import check_split
 
     clock.enter("start")
@@ -281,6 +283,8 @@ def _opened(
     this_run = identity(run, prepared.manifests)
     done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
     resumed_from = open_output(run, output, this_run)
+    if run.resume == "never":
+        clear(run.output_dir)
     opened = _Opened(
         run=run,
         output=output,
@@ -295,7 +299,7 @@ def _opened(
     if done is not None:
         return opened
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.yaml").write_text(to_yaml(run))
+    write_atomically(output / "run.yaml", to_yaml(run))
     clock.enter("evaluate")
     answered = (run.train.exact_match_rows, run.train.max_new_tokens, run.train.precision, run.train.seed)
     before = workspace.once(

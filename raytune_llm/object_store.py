@@ -7,7 +7,9 @@ AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...).
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.errors import ConfigError, ResourceError, RunLost, first_line
 
 T = TypeVar("T")
@@ -29,8 +32,11 @@ PATIENCE_S = 120.0
 PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 AT_ONCE = 8
 """Files that one process transfers at the same time."""
-FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, IsADirectoryError, NotADirectoryError)
+FINAL_ERRORS = (FileNotFoundError, FileExistsError, NotImplementedError, IsADirectoryError, NotADirectoryError)
 """Errors that are not retried, because the result would be the same."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of the local disk: stores have no such errors."""
+RESUMES = "The same command resumes from the newest checkpoint"
 
 
 def is_address(path: str) -> bool:
@@ -81,8 +87,20 @@ class RemoteFolder:
 
         content must differ from what any other process writes: if the store's answer was lost, it shows whose file is there.
         """
+
+        def put() -> None:
+            try:
+                self.store.pipe_file(self.path(name), content, mode="create")
+            except FINAL_ERRORS:
+                raise
+            except Exception as error:  # stores other than S3 itself refuse with errors of other kinds
+                self.store.invalidate_cache()
+                if self.store.exists(self.path(name)):
+                    raise FileExistsError(name) from error
+                raise
+
         try:
-            self._persist("written", name, lambda: self.store.pipe_file(self.path(name), content, mode="create"))
+            self._persist("written", name, put)
         except FileExistsError:
             return self.read(name) == content
         return True
@@ -112,16 +130,29 @@ class RemoteFolder:
         self._at_once(one, names)
 
     def download(self, names: list[str], folder: Path) -> None:
-        """Download files to a local folder. A local file is replaced only by a complete one."""
+        """Download files to a local folder. A local file is replaced only by a complete one. Raises ResourceError if the local
+        disk is full."""
 
         def one(name: str) -> None:
             target = folder / name
             beside = target.with_name(f".{target.name}.part")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._persist("read", name, lambda: self.store.get_file(self.path(name), str(beside)))
-            beside.replace(target)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._persist("read", name, lambda: self.store.get_file(self.path(name), str(beside)))
+                beside.replace(target)
+            finally:
+                beside.unlink(missing_ok=True)
 
-        self._at_once(one, names)
+        try:
+            self._at_once(one, names)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            free = in_units(shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free)
+            raise ResourceError(
+                f"files of {self.address} can't be copied to {folder}: {error.strerror} ({free} are free)",
+                "Free some space, or let XDG_CACHE_HOME name a folder on a larger disk.",
+            ) from error
 
     def remove(self, name: str) -> None:
         """Delete a file, or a folder with its files, if it exists."""
@@ -147,18 +178,32 @@ class RemoteFolder:
         while True:
             try:
                 return ask()
-            except FINAL_ERRORS:
+            except FINAL_ERRORS as error:
+                if done == "written" and isinstance(error, FileNotFoundError) and not _is_local(error):
+                    raise self._lost(name, done, error, "once there is such a bucket") from error
                 raise
+            except PermissionError as error:
+                if _is_local(error):
+                    raise
+                raise self._lost(name, done, error, "once that is permitted (credentials may have expired)") from error
             except Exception as error:  # each store has errors of its own, of no common kind
-                what = f"{self.address}/{name}".rstrip("/")
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                    raise  # the local disk
                 if time.monotonic() + pause > until:
-                    reason = f"{what} can't be {done} ({type(error).__name__}: {first_line(error)})"
-                    raise RunLost(
-                        reason, "The same command resumes from the newest checkpoint once the store answers."
-                    ) from error
+                    raise self._lost(name, done, error, "once the store answers") from error
+                what = f"{self.address}/{name}".rstrip("/")
                 log.warning("%s can't be %s (%s); trying again in %.1f s", what, done, first_line(error), pause)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _lost(self, name: str, done: str, error: Exception, then: str) -> RunLost:
+        what = f"{self.address}/{name}".rstrip("/")
+        return RunLost(f"{what} can't be {done} ({type(error).__name__}: {first_line(error)})", f"{RESUMES} {then}.")
+
+
+def _is_local(error: OSError) -> bool:
+    """Whether it is of the local file and not of the store: the system names the file."""
+    return error.filename is not None
 
 
 def check_writable(address: str, setting: str) -> None:

@@ -25,6 +25,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.resources import ResourcesConfig, uses_ray
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.formats import Reading, columns_of, converter
+from raytune_llm.data.intact import check_intact
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Targets
 from raytune_llm.data.readers import sources
@@ -305,6 +306,7 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
     if shared is not None:
         shared.publish()
     store = open_store(place)
+    check_intact(store)
     _check_dropped(one.path, store.num_rows, store.dropped, data.max_bad_fraction)
     return store
 

@@ -10,7 +10,6 @@ A place is a location that is the same for all machines: a folder on shared stor
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from functools import partial as bound
 from pathlib import Path
 
 from raytune_llm.config.paths import expanded
-from raytune_llm.data.store import MANIFEST, Shard, Store, locked, partial, under_construction
+from raytune_llm.data.store import MANIFEST, Shard, Store, locked, manifest_in, partial, under_construction
 from raytune_llm.errors import DataError
 from raytune_llm.file_hash import sha256_of
 from raytune_llm.object_store import AT_ONCE, RemoteFolder, is_address
@@ -76,7 +75,7 @@ class SharedStore:
         manifest = self._remote.read(MANIFEST)
         if manifest is None:
             return False
-        listed = json.loads(manifest)
+        listed = manifest_in(manifest, self.place)
         for member in listed.get("members", ()):
             SharedStore(f"{self.place.rpartition('/')[0]}/{member['store']}").fetch()
         self._fetch_shards(folder, {shard["name"]: shard["sha256"] for shard in listed["shards"]})
@@ -107,7 +106,7 @@ class SharedStore:
         mine, theirs = (self.folder / MANIFEST).read_bytes(), self._remote.read(MANIFEST)
         if theirs is None:
             there = self._remote.files()
-            listed = [(shard["name"], shard["sha256"]) for shard in json.loads(mine)["shards"]]
+            listed = [(shard["name"], shard["sha256"]) for shard in manifest_in(mine, str(self.folder))["shards"]]
             lacking = [(name, sha256) for name, sha256 in listed if f"{sha256[:HASH_CHARS]}/{name}" not in there]
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(lambda shard: self._folder_of(shard[1]).upload(self.folder, [shard[0]]), lacking))

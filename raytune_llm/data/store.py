@@ -24,7 +24,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -45,11 +46,15 @@ from raytune_llm.file_hash import sha256_of
 FORMAT_VERSION = 4
 """Increase it when the format of a shard or a manifest changes."""
 MANIFEST = "manifest.json"
+ENTRIES = {"kind", "end_of_row", "made_from", "rows", "tokens", "trained_tokens", "dropped", "shortened", "shards"}
+"""What each manifest has, beside its version."""
 OUTLINE = "outline.json"
 """In a store under construction: the number of its shards, their kind and end_of_row."""
 FAILED = "failed.txt"
 """In a store whose construction failed: the error."""
 _STATS = b"raytune_llm.stats"
+HASHED_AT_ONCE = 8
+"""Files that are hashed in parallel, so that the disk limits the speed and not one core."""
 LOOK_EVERY_S = 0.1
 SAID_AFTER_S, SAID_AGAIN_S = 3.0, 60.0
 """Of a lock that another process holds."""
@@ -320,13 +325,11 @@ class Store(Rows):
         """
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = manifest_in((folder / MANIFEST).read_bytes(), str(folder))
         except FileNotFoundError:
             raise DataError(
                 str(folder), "is not a token store (it has no manifest)", "Create it with the verb prepare."
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise _corrupt(folder / MANIFEST, "is not readable") from None
         if manifest.get("format_version") != FORMAT_VERSION:
             raise DataError(
                 str(folder),
@@ -350,13 +353,30 @@ class Store(Rows):
             content["members"] = [member.manifest_hash for member in self.members]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def verify(self) -> None:
-        """Read every shard in full and compare its hash. Raises DataError for a difference."""
-        for member in self.members:
-            member.verify()
-        for shard in self.manifest["shards"]:
-            if sha256_of(self.folder / shard["name"]) != shard["sha256"]:
-                raise _corrupt(self.folder / shard["name"], "does not match its hash in the manifest")
+    def verify(self, names: Collection[str] | None = None) -> None:
+        """Read shards in full and compare their hashes. Raises DataError for a difference. names: of this store's own shards;
+        None: all, with those of its members."""
+        if names is None:
+            for member in self.members:
+                member.verify()
+        listed = {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
+        mine = list(listed) if names is None else list(names)
+        with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
+            for name, found in zip(mine, pool.map(lambda name: sha256_of(self.folder / name), mine), strict=True):
+                if found != listed[name]:
+                    raise _corrupt(self.folder / name, "does not match its hash in the manifest")
+
+
+def manifest_in(content: bytes, place: str) -> dict[str, Any]:
+    """The manifest of the store at a place. Raises DataError if the file is damaged."""
+    try:
+        manifest = json.loads(content)
+        if manifest["format_version"] != FORMAT_VERSION or not ENTRIES - manifest.keys():
+            return manifest
+        problem = f"lacks {', '.join(sorted(ENTRIES - manifest.keys()))}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        problem = "is not readable"
+    raise DataError(f"{place}/{MANIFEST}", problem, f"Delete {place} and run prepare again.")
 
 
 def _map_listed_shard(path: Path, listed: Mapping[str, Any]) -> MappedShard:

@@ -15,6 +15,14 @@ FINISHED, FINAL = "finished.json", "final"
 WEIGHTS = (".safetensors", ".bin")
 
 
+def files_of(output_dir: Path) -> dict[str, str | None]:
+    """The hashes of a finished run's files, from its finished.json; empty if that is missing or damaged."""
+    try:
+        return dict(json.loads((output_dir / FINISHED).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
 def check_unchanged(folder: Path, setting: str, *, max_bytes: int) -> None:
     """Raises ConfigError if weights in the `final/` of a run differ from the hashes in its finished.json. A changed file of
     another kind gives a warning, since a user may have edited it. Other folders are not checked.
@@ -24,11 +32,7 @@ def check_unchanged(folder: Path, setting: str, *, max_bytes: int) -> None:
     """
     if folder.name != FINAL:
         return
-    try:
-        wrote = dict(json.loads((folder.parent / FINISHED).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
-    for name, digest in wrote.items():
+    for name, digest in files_of(folder.parent).items():
         file = folder.parent / name
         if file.parent != folder or _is(file, digest, max_bytes):
             continue

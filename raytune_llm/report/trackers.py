@@ -20,6 +20,8 @@ from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.errors import ResourceError
 
 RUN_ID = "tracking.json"
+FILES = (RUN_ID, "tensorboard", "wandb", "mlflow.db", "swanlab")
+"""Files and folders that trackers write to a run's output folder."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.tokens.tokenizer import BYTES
 from raytune_llm.file_hash import sha256_of
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
-from raytune_llm.models.finished import FINAL, FINISHED
+from raytune_llm.models.finished import FINAL, FINISHED, files_of
 
 READ = (".json", ".jinja", ".model", ".txt", ".py")
 """Suffixes of files that are hashed in addition to weights: configs, tokenizer, chat template, code."""
@@ -59,7 +58,7 @@ def _contents(path: str, revision: str | None) -> str:
 def folder_contents(folder: Path) -> str:
     """SHA-256 over a folder's files. For weights, it uses the hashes that a finished run noted, or else sizes and modification
     times, since reading a large model takes minutes."""
-    noted, found = _noted(folder), {}
+    noted, found = files_of(folder.parent) if folder.name == FINAL else {}, {}
     for file in sorted(folder.iterdir()):
         if file.suffix in HEAVY:
             there = file.stat()
@@ -77,11 +76,3 @@ def _commit(name: str, revision: str | None) -> str | None:
             if found is not None:
                 return Path(found).parent.name
     return None
-
-
-def _noted(folder: Path) -> Mapping[str, str]:
-    """The hashes of the files in a run's final/, from its finished.json."""
-    try:
-        return dict(json.loads((folder.parent / FINISHED).read_text())["files"]) if folder.name == FINAL else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}

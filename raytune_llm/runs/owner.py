@@ -13,17 +13,20 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from raytune_llm.byte_size import in_units
 from raytune_llm.errors import ConfigError, ResourceError, RunLost
 from raytune_llm.object_store import RemoteFolder
+from raytune_llm.storage import no_space_in
 
 log = logging.getLogger(__name__)
 LOCK = ".owner.json"
@@ -36,9 +39,9 @@ TAKEN_AFTER_S = 0.2
 """Two processes that take the same stale lock both write the file; after this time its content decides."""
 
 
-def check_writable(folder: Path, *names: str) -> None:
+def check_writable(folder: Path, *names: str, folders: Sequence[str] = ()) -> None:
     """Raises ConfigError if the folder can't be created or written to, or if one of the files to be written there is a folder or
-    a broken link.
+    a broken link, or one of the `folders` a file.
     """
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
@@ -56,6 +59,10 @@ def check_writable(folder: Path, *names: str) -> None:
         file = folder / name
         if os.path.lexists(file) and not (file.exists() and not file.is_dir()):
             rule = f"must be a folder where the file {name} can be written, which is a folder or a broken link there"
+            raise ConfigError("output_dir", rule, got=str(folder), fix="Choose another one, or remove it.")
+    for name in folders:
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            rule = f"must be a folder where the folder {name} can be written, which is a file or a broken link there"
             raise ConfigError("output_dir", rule, got=str(folder), fix="Choose another one, or remove it.")
 
 
@@ -88,10 +95,15 @@ class FileLock:
 
     def create(self, text: str) -> bool:
         try:
-            with self.path.open("x") as file:
-                file.write(text)
+            file = self.path.open("x")
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(text)
+        except OSError:
+            self.path.unlink(missing_ok=True)  # an empty lock is anybody's, and the next start would wait until it is stale
+            raise
         return True
 
     def read(self) -> str:
@@ -99,8 +111,11 @@ class FileLock:
 
     def replace(self, text: str) -> None:
         beside = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
-        beside.write_text(text)
-        beside.replace(self.path)
+        try:
+            beside.write_text(text)
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def renew(self, text: str) -> None:
         os.utime(self.path)
@@ -218,7 +233,8 @@ def owned(folder: Path) -> Iterator[Ownership]:
     Raises ConfigError if a running process owns it, and RunLost if another one takes it.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with _full_disk_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     ownership = Ownership(FileLock(folder))
     try:
         with ownership.held():
@@ -247,8 +263,9 @@ def wait_until_free(folder: Path) -> None:
 
 def _take(lock: Lock, mine: dict[str, Any]) -> None:
     text = json.dumps(mine)
-    if lock.create(text):
-        return
+    with _full_disk_named(lock.place):
+        if lock.create(text):
+            return
     holder = _read(lock)
     in_use = _alive(lock, holder) if _is_here(holder) else _is_renewed(lock, holder)
     if in_use:
@@ -258,21 +275,40 @@ def _take(lock: Lock, mine: dict[str, Any]) -> None:
             got=lock.place,
             fix="Wait for it, stop it, or choose another output_dir.",
         )
-    lock.replace(text)
+    with _full_disk_named(lock.place):
+        lock.replace(text)
     time.sleep(TAKEN_AFTER_S)
     if _read(lock).get("token") != mine["token"]:
         raise ConfigError("output_dir", "was just taken by another process", got=lock.place, fix="Choose another output_dir.")
 
 
+@contextmanager
+def _full_disk_named(place: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if (reason := no_space_in(error)) is None:
+            raise
+        where = next(there for there in (Path(place), *Path(place).parents) if there.exists())
+        free = in_units(shutil.disk_usage(where).free)
+        fix = "Free some space, or choose an output_dir on another disk."
+        raise ResourceError(f"{place} can't be written: {reason} ({free} are free)", fix) from error
+
+
 def _is_renewed(lock: Lock, holder: dict[str, Any]) -> bool:
-    """Watch another host's lock until it is renewed (True) or stale (False)."""
+    """Watch another host's lock until it is renewed (True) or stale (False).
+
+    A lock whose time is in the future, since the clock was set back, is watched for as long as one of now.
+    """
     age = lock.age_s()
-    if age < STALE_AFTER_S:
+    watched_s = STALE_AFTER_S - max(age, 0.0)
+    until = time.monotonic() + watched_s
+    if watched_s > 0:
         log.warning(
             "%s was in use by process %s on %s a moment ago; checking for up to %.0f s whether it still is",
-            lock.place, holder.get("pid"), holder.get("host"), STALE_AFTER_S - age,
+            lock.place, holder.get("pid"), holder.get("host"), watched_s,
         )  # fmt: skip
-    while age < STALE_AFTER_S:
+    while age < STALE_AFTER_S and time.monotonic() < until:
         time.sleep(LOOK_EVERY_S)
         _read(lock)  # opening the file makes a network file system ask its server
         before, age = age, lock.age_s()

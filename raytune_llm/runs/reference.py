@@ -40,7 +40,7 @@ from raytune_llm.train.enrichers.online_reference import OnlineReference
 from raytune_llm.train.enrichers.reference_table import OnRows, ReferenceTable, ReferenceTables, precomputed
 from raytune_llm.train.strategies.base import Strategy
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 """A part of the key. Increase it when a change of the code changes the numbers."""
 
 

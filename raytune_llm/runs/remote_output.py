@@ -8,7 +8,6 @@ resumed on any machine from the store.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,20 +15,24 @@ from pathlib import Path
 
 from raytune_llm import object_store
 from raytune_llm.errors import ResourceError
+from raytune_llm.models.finished import FINAL, FINISHED, files_of
 from raytune_llm.object_store import RemoteFolder, is_address
 from raytune_llm.packaged import cache_dir
+from raytune_llm.report import trackers
 from raytune_llm.report.metrics import METRICS, SAMPLES
 from raytune_llm.runs import owner
 from raytune_llm.train.checkpoint_files import complete_steps, digest
 from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 
-FINISHED, CHECKPOINTS, FINAL = "finished.json", "checkpoints", "final"
-TOKENS = "tokens"
-"""A folder with the token stores of a job (conf/submit.yaml). data/shared_stores.py copies these."""
+CHECKPOINTS = "checkpoints"
 FILES = ("run.yaml", METRICS, SAMPLES, "summary.json", "loss.png", FINISHED)
 """Files that a run writes to its output folder."""
 BY_WORKERS = (METRICS, SAMPLES, "scores.jsonl", "scores.png", FINAL, "profile")
 """Files and folders that the worker with rank 0 writes."""
+FOLDERS = (CHECKPOINTS, FINAL, "profile", "tensorboard")
+"""Folders that a run writes there."""
+OWN = {*FILES, *BY_WORKERS, *trackers.FILES}
+"""All that a run writes but checkpoints. Whatever else is in the store's folder, such as another run, is not touched."""
 
 
 def work_folder(output_dir: str) -> Path:
@@ -46,7 +49,7 @@ def remote_folder(output_dir: str) -> RemoteFolder | None:
 
 def check_writable(output_dir: str) -> None:
     """Raises ConfigError or ResourceError if a run could not write there."""
-    owner.check_writable(work_folder(output_dir), *FILES)
+    owner.check_writable(work_folder(output_dir), *FILES, folders=FOLDERS)
     if is_address(output_dir):
         object_store.check_writable(output_dir, "output_dir")
 
@@ -56,7 +59,7 @@ def owned(output_dir: str, *, anew: bool, notify: Callable[[str], None]) -> Iter
     """Own the output folder inside the block. Yields the local folder. For an object store, the run's files are downloaded to it
     first, and uploaded at the end, even after an error.
 
-    anew: keep nothing of an earlier run (resume=never).
+    anew: take over nothing of an earlier run (resume=never). It stays in the store until `clear`, as the command may be refused.
     """
     folder, remote = work_folder(output_dir), remote_folder(output_dir)
     with owner.owned(folder):
@@ -85,24 +88,34 @@ def saved_steps(output_dir: str) -> list[int]:
 
 
 def pull(remote: RemoteFolder, folder: Path, *, anew: bool = False) -> None:
-    """Download the run's files to the local folder: of checkpoints the newest intact one, and `final/` if it is complete."""
-    if anew:
-        for name in {name.split("/")[0] for name in remote.files()} - {owner.LOCK, TOKENS}:
-            remote.remove(name)
+    """Download the run's files to the local folder: of checkpoints the newest intact one, and `final/` if it is complete, or all
+    that is left of a run. anew: download nothing, and remove the copies here."""
     checkpoints = RemoteCheckpoints(remote / CHECKPOINTS, folder / CHECKPOINTS)
-    checkpoints.sweep()
-    names = [name for name in remote.files() if not name.startswith((f"{CHECKPOINTS}/", f"{TOKENS}/", "."))]
+    if not anew:
+        checkpoints.sweep()
+    names = [] if anew else [name for name in remote.files() if name.split("/")[0] in OWN]
     for path in local_files(folder):
         if path not in names:
             (folder / path).unlink()
+    if anew:
+        checkpoints.keep_here([])
+        return
     remote.download([name for name in names if not name.startswith(f"{FINAL}/")], folder)
-    if FINISHED in names:
-        hashes = json.loads((folder / FINISHED).read_text())["files"]
+    hashes = files_of(folder)
+    if hashes or not checkpoints.complete_steps():
         final = [name for name in names if name.startswith(f"{FINAL}/")]
-        remote.download([name for name in final if digest(folder / name) != hashes.get(name)], folder)
+        remote.download([name for name in final if (here := digest(folder / name)) is None or here != hashes.get(name)], folder)
     else:
         shutil.rmtree(folder / FINAL, ignore_errors=True)
     checkpoints.newest_sound()
+
+
+def clear(output_dir: str) -> None:
+    """Remove what an earlier run left in an object store. Called when a run with resume=never begins; of a folder,
+    `output.open_output` removes it."""
+    if (remote := remote_folder(output_dir)) is not None:
+        for name in {name.split("/")[0] for name in remote.files()} & {*OWN, CHECKPOINTS}:
+            remote.remove(name)
 
 
 def push(remote: RemoteFolder, folder: Path) -> None:

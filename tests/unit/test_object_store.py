@@ -11,8 +11,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from raytune_llm import object_store
-from raytune_llm.errors import ConfigError, RunLost
+from raytune_llm.errors import ConfigError, ResourceError, RunLost
 from raytune_llm.object_store import RemoteFolder, check_writable
+from tests.limits import no_file_larger_than
 
 
 class Failing(MemoryFileSystem):
@@ -101,3 +102,46 @@ def test_a_store_that_stays_away_is_named(folder: RemoteFolder, monkeypatch: pyt
 def test_what_is_no_object_store_is_refused(address: str):
     with pytest.raises(ConfigError, match="output_dir must be"):
         check_writable(address, "output_dir")
+
+
+def test_a_store_that_refuses_to_create_with_an_error_of_its_own_is_no_store_that_fails(
+    folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch
+):
+    """MinIO and Ceph answer 412 without the condition by which s3fs tells that the file exists."""
+
+    def refuse(self: Failing, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if mode == "create" and self.exists(path):
+            raise OSError(22, "At least one of the pre-conditions you specified did not hold")
+        MemoryFileSystem.pipe_file(self, path, value, **kwargs)
+
+    monkeypatch.setattr(Failing, "pipe_file", refuse)
+    folder = RemoteFolder(folder.address, patience_s=0.05)
+    assert folder.create("lock", b"mine")
+    assert not folder.create("lock", b"theirs")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError("The provided token has expired."), "credentials may have expired"),
+        (FileNotFoundError("The specified bucket does not exist"), "once there is such a bucket"),
+    ],
+)
+def test_what_a_store_no_longer_permits_ends_a_run_that_can_be_resumed(
+    error: Exception, said: str, folder: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(self: Failing, *args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Failing, "put_file", refuse)
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(RunLost, match=rf"/x can't be written \({type(error).__name__}: .*{said}"):
+        folder.upload(tmp_path, ["x"])
+
+
+def test_a_full_local_disk_is_not_the_store_s_failure(folder: RemoteFolder, tmp_path: Path):
+    (tmp_path / "x").write_text("x" * 10_000)
+    folder.upload(tmp_path, ["x"])
+    with no_file_larger_than(100), pytest.raises(ResourceError, match=r"can't be copied to .*here.*XDG_CACHE_HOME") as full:
+        folder.download(["x"], tmp_path / "here")
+    assert not isinstance(full.value, RunLost) and not list((tmp_path / "here").iterdir())

@@ -29,11 +29,15 @@ from raytune_llm.data.shared_stores import fetch_folder, has_folder, local_folde
 from raytune_llm.data.steps import Step
 from raytune_llm.data.store import MANIFEST, locked
 from raytune_llm.errors import DataError
+from raytune_llm.file_hash import sha256_of
+from raytune_llm.object_store import is_address
 from raytune_llm.records import Batch
 from raytune_llm.stages import AnswerLogprobs
 
 CHECKED_ROWS = 10
 KEYS, VALUES = "keys.npy", "values.npy"
+FILES = "files"
+"""In the manifest: name -> sha256 of both."""
 TOLERANCE = {torch.float32: (0.02, 1e-4), torch.bfloat16: (1.0, 0.02), torch.float16: (0.5, 0.01)}
 """Compute dtype -> absolute (in nats) and relative tolerance when a row is computed again."""
 OnRows = Callable[[int, int], None]
@@ -116,6 +120,7 @@ def precomputed(
         run_pass = partial(_pass, model, logps, micro_batch_size=micro_batch_size, pad_id=pad_id, device=device)
         if there:
             fetch_folder(place)
+            _check_files(target, place)
             table = ReferenceTable(np.load(target / KEYS, mmap_mode="r"), np.load(target / VALUES, mmap_mode="r"), num_rows)
             some = _some_rows(samples[0], drawn)
             _compare(table, *run_pass([(samples[0], some)], 0, 1, on_rows=lambda done, total: None), target, TOLERANCE[compute])
@@ -171,6 +176,19 @@ def _some_rows(samples: Samples, seed: int) -> np.ndarray:
     return numbers[: int(np.searchsorted(np.cumsum(samples.num_rows[numbers]), CHECKED_ROWS)) + 1]
 
 
+def _check_files(folder: Path, place: str) -> None:
+    """Raises DataError if the table's files differ from the hashes in its manifest."""
+    fix = f"Delete {place} to compute them again."
+    try:
+        hashes = json.loads((folder / MANIFEST).read_bytes())[FILES]
+        damaged = [name for name in (KEYS, VALUES) if sha256_of(folder / name) != hashes[name]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        damaged = [MANIFEST]
+    if damaged:
+        fix += f" This machine has a copy in {folder}, which goes with it." if is_address(place) else ""
+        raise DataError(f"{place}/{damaged[0]}", "is missing or damaged: reference log-probabilities can't be read", fix)
+
+
 def _compare(table: ReferenceTable, keys: np.ndarray, values: np.ndarray, folder: Path, tolerance: tuple[float, float]) -> None:
     stored = table.values_E2[np.searchsorted(table.keys_E, keys)]
     nats, part = tolerance
@@ -194,7 +212,8 @@ def _write(table: ReferenceTable, target: Path, key: Mapping[str, Any]) -> None:
     try:
         np.save(beside / KEYS, table.keys_E)
         np.save(beside / VALUES, table.values_E2)
-        write_atomically(beside / MANIFEST, json.dumps(key, indent=1, sort_keys=True))
+        hashes = {name: sha256_of(beside / name) for name in (KEYS, VALUES)}
+        write_atomically(beside / MANIFEST, json.dumps({**key, FILES: hashes}, indent=1, sort_keys=True))
         beside.rename(target)
     except OSError:
         if not (target / MANIFEST).exists():

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from raytune_llm.config.load import load_config
-from raytune_llm.data import pipeline
+from raytune_llm.data import pipeline, store
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.readers import sources
@@ -248,3 +248,24 @@ def test_part_of_a_split_and_a_draw_of_rows(jsonl, prepare_run):
 def test_settings_that_would_be_ignored_are_refused(prepare_run, settings):
     with pytest.raises(ConfigError):
         prepare_run("rows.jsonl", *settings)
+
+
+def test_a_shard_that_was_damaged_in_the_cache_is_not_trained_on(jsonl, prepare_run):
+    run = prepare_run(jsonl([chat(number) for number in range(20)]))
+    shard = prepared(run).folder / "shard-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00000\.arrow: does not match its hash.*Delete the folder .*prepare again"):
+        prepared(run)
+
+
+def test_shards_are_compared_with_their_hashes_once(jsonl, prepare_run, monkeypatch):
+    run = prepare_run(jsonl([chat(number) for number in range(20)]))
+    folder = prepared(run).folder
+    monkeypatch.setattr(store, "sha256_of", lambda file: pytest.fail("read again"))
+    assert prepared(run).reused
+    record = folder.with_name(f".{folder.name}.checked")
+    record.write_text("[")
+    monkeypatch.undo()
+    assert prepared(run).reused, "a damaged record is none"

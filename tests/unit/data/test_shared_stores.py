@@ -177,3 +177,18 @@ def test_a_folder_that_ends_with_its_manifest_is_copied_whole(s3, on_machine):
     copied = shared_stores.fetch_folder(place)
     assert shared_stores.has_folder(place) and copied != folder
     assert np.load(copied / "values.npy").tolist() == [0, 1, 2] and (copied / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"format_version": 4}'])
+@pytest.mark.parametrize("where", ["store", "copy"])
+def test_a_damaged_manifest_is_refused_by_name(where, content, s3, jsonl, prepare_run, on_machine, tmp_path):
+    on_machine("one")
+    run = prepare_run(jsonl([chat(0)]), f"data.cache={s3}/manifest_{where}_{content.hex()[:9]}")
+    first = prepared(run)
+    if where == "store":
+        RemoteFolder(first.places[0]).write(MANIFEST, content)
+        on_machine("other")
+    else:
+        (first.store.folder / MANIFEST).write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest\.json: (is not readable|lacks .*)\. Delete .* and run prepare again"):
+        open_store(first.places[0])

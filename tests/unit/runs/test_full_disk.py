@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import resource
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def test_a_record_is_whole_and_there_once_although_a_part_was_written_before_the
     file.write({"step": 3})
     file.close()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_the_settings_of_the_run_that_is_there(
+    chat_rows: str, cache: str, tmp_path: Path
+) -> None:
+    run = tiny_run(chat_rows, cache, tmp_path / "o", "train.max_steps=2", "checkpoint.every_steps=1", "train.pause_at=1")
+    api.train(run)
+    before = (tmp_path / "o" / "run.yaml").read_bytes()
+    with no_file_larger_than(1000), pytest.raises(ResourceError, match=r"o can't be written: .*resumes from the newest"):
+        api.train(replace(run, train=replace(run.train, pause_at=None)))
+    assert (tmp_path / "o" / "run.yaml").read_bytes() == before
 
 
 def test_a_disk_that_fills_up_while_the_model_is_written_leaves_the_one_before(tmp_path: Path) -> None:

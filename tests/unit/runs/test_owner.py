@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from raytune_llm.errors import ConfigError, RunLost
+from raytune_llm.errors import ConfigError, ResourceError, RunLost
 from raytune_llm.runs import owner
 from raytune_llm.runs.owner import LOCK, STALE_AFTER_S, owned
+from raytune_llm.runs.remote_output import check_writable
+from tests.limits import no_file_larger_than
 
 HOLD = """
 import sys, time
@@ -191,3 +193,29 @@ def test_the_lock_s_time_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         os.utime(tmp_path / LOCK, (0, 0))
         wait_for(lambda: (tmp_path / LOCK).stat().st_mtime > 0)
         assert (tmp_path / LOCK).stat().st_mtime > 0
+
+
+def test_a_lock_of_the_future_is_watched_no_longer_than_one_of_now(at_once: None, monkeypatch: pytest.MonkeyPatch):
+    """The clock was set back by a day after its owner died."""
+    monkeypatch.setattr(owner, "STALE_AFTER_S", 0.2)
+    lock, mine = LockElsewhere(*[-86400.0] * 1000), owner._new_lock()
+    monkeypatch.setattr(owner, "LOOK_EVERY_S", 0.01)
+    owner._take(lock, mine)
+    assert json.loads(lock.text) == mine
+
+
+def test_a_full_disk_is_named_and_leaves_no_lock(tmp_path: Path):
+    with no_file_larger_than(0), pytest.raises(ResourceError, match=r"o can't be written: .* are free\)\. Free some space"):
+        with owned(tmp_path / "o"):
+            pass
+    assert not (tmp_path / "o").exists()
+    with owned(tmp_path / "o"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "final"])
+def test_a_file_where_a_run_writes_a_folder_is_refused_and_stays(name: str, tmp_path: Path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"output_dir must be a folder where the folder {name} can be written"):
+        check_writable(str(tmp_path))
+    assert (tmp_path / name).read_text() == "mine"

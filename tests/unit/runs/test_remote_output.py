@@ -15,7 +15,7 @@ import pytest
 
 from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, RunLost
+from raytune_llm.errors import ConfigError, DataError, RunLost
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.report.metrics import read_metrics
 from raytune_llm.report.updates import Notice, RunStarted
@@ -235,6 +235,52 @@ def test_what_can_not_work_is_refused_before_anything_is_prepared(
     with pytest.raises(ConfigError, match=r"output_dir must be a folder that can be written .*bucket.*s3://no-such-bucket/x"):
         api.train(run_of(chat_rows, str(cache), "s3://no-such-bucket/x"))
     assert not cache.exists()
+
+
+def test_what_is_not_the_run_s_is_not_copied_and_stays_even_with_resume_never(
+    chat_rows: str, cache: str, own_cache: Path, memory: str
+):
+    """Such as another run in a folder below this one."""
+    remote = RemoteFolder(memory)
+    others = ("other/checkpoints/step-2/COMPLETE", "other/final/model.safetensors", "notes.txt", "tokens/x/manifest.json")
+    for name in others:
+        remote.write(name, b"mine")
+    for words in ((), ("resume=never",)):
+        result = api.train(run_of(chat_rows, cache, memory, "train.max_steps=1", *words))
+        assert result.resumed_from is None and {name: remote.read(name) for name in others} == dict.fromkeys(others, b"mine")
+        assert not any((work_folder(memory) / name).exists() for name in others)
+
+
+def test_a_refused_command_with_resume_never_removes_nothing(
+    chat_rows: str, cache: str, own_cache: Path, memory: str, tmp_path: Path
+):
+    api.train(run_of(chat_rows, cache, memory, "train.max_steps=2"))
+    remote = RemoteFolder(memory)
+    there = {name: remote.read(name) for name in remote.files()}
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": []}\n' * 9)
+    with pytest.raises(DataError):
+        api.train(run_of(str(broken), cache, memory, "resume=never"))
+    assert {name: remote.read(name) for name in remote.files()} == there
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff"])
+def test_a_broken_mark_of_the_end_in_the_store_is_no_end(
+    content: bytes, chat_rows: str, cache: str, own_cache: Path, memory: str
+):
+    run = run_of(chat_rows, cache, memory, "train.max_steps=2")
+    api.train(run)
+    remote = RemoteFolder(memory)
+    remote.write("finished.json", content)
+    again = api.train(run)
+    assert again.resumed_from == 2 and not again.already_done
+    assert "final/adapter_model.safetensors" in json.loads(remote.read("finished.json") or b"")["files"]
+    remote.write("finished.json", content)
+    remote.remove("checkpoints")
+    model = remote.read("final/adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"output_dir holds a final/ that would be replaced"):
+        api.train(run)
+    assert model is not None and remote.read("final/adapter_model.safetensors") == model
 
 
 @pytest.mark.parametrize(
