@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,27 @@ IF_THERE = (
 """Settings that can be a path or a name on a hub or in a store. They are made absolute if the file or folder exists."""
 ONE_FILE = ("model.new_tokens",)
 """Like IF_THERE, but only a plain text is a path; items of a list or an object are not."""
+ADDRESSES = ("data.path", "data.eval_path")
+"""Of these, the ones that can be in an object store."""
 TASKS = ("evaluate.tasks", "train.eval_tasks")
 """Lists of names and paths. An item with a slash or the suffix .yaml is a path."""
+
+
+def check_on_this_machine(run: Any) -> None:
+    """Raises ConfigError for the address of an object store where only a file system is read."""
+    for setting in (*IF_THERE, *ONE_FILE, *TASKS):
+        if setting in ADDRESSES:
+            continue
+        for value in _texts(value_of(run, setting)):
+            if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+                fix = f"Copy it to this machine (aws s3 cp --recursive {value} FOLDER), and name that folder."
+                raise ConfigError(setting, "must be on a file system", got=value, fix=fix)
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        return [text for one in (value.values() if isinstance(value, dict) else value) for text in _texts(one)]
+    return [value] if isinstance(value, str) else []
 
 
 def with_absolute_paths(run: Any) -> Any:

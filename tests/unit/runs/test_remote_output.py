@@ -295,3 +295,21 @@ def test_a_broken_mark_of_the_end_in_the_store_is_no_end(
 def test_verbs_that_need_a_file_system_say_so(verb: str, words: list[str]):
     with pytest.raises(ConfigError, match="must be on a file system"):
         load_config(verb, words)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "setting"),
+    [
+        ("export", ["export.run=s3://b/r", "export.output_dir=x"], "export.run"),
+        ("export", ["model=hub", "model.path=a/b", "export.adapters={x: s3://b/r/final}", "export.output_dir=x"], "export.adapters"),
+        ("predict", ["predict.run=s3://b/r", "data.path=x", "output_dir=x"], "predict.run"),
+        ("predict", ["model=tiny_random", "predict.adapters={x: s3://b/r}", "data.path=x", "output_dir=x"], "predict.adapters"),
+        ("evaluate", ["evaluate.models=[s3://b/r]", "evaluate.tasks=[mmlu_test]", "output_dir=x"], "evaluate.models"),
+        ("serve", ["model=tiny_random", "serve.adapters={x: s3://b/r/final}"], "serve.adapters"),
+        ("train", ["model=tiny_random", "data.path=x", "adapter.path=s3://b/r/final"], "adapter.path"),
+        ("train", ["model=hub", "model.path=gs://b/m", "data.path=x"], "model.path"),
+    ],
+)
+def test_what_is_only_read_from_a_file_system_is_refused_by_name(verb: str, words: list[str], setting: str):
+    with pytest.raises(ConfigError, match=rf"{setting} must be on a file system, got '(s3|gs)://b.*Copy it to this machine"):
+        load_config(verb, words)
