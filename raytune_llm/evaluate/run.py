@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.evaluate import EvaluateConfig
 from raytune_llm.config.plain import as_plain, read_yaml, to_yaml
 from raytune_llm.config.run import EvaluateRun
@@ -113,7 +114,7 @@ def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: Non
     for engine in engines:
         engine.check()
     with owned(folder), full_disk_explained(folder, then="the same command resumes after the models that were asked"):
-        (folder / RUN).write_text(to_yaml(run))
+        write_atomically(folder / RUN, to_yaml(run))
         known = _kept(folder, groups, made_from)
         if known:
             progress(benchmarks.questions * len(known))

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.config.tracking import Tracker as Service
 from raytune_llm.config.tracking import TrackingConfig
 from raytune_llm.errors import ResourceError
@@ -200,4 +201,5 @@ def _earlier_id(service: Service, run: TrackedRun) -> str | None:
 
 
 def _keep_id(service: Service, run: TrackedRun, run_id: str) -> None:
-    (run.output_dir / RUN_ID).write_text(json.dumps({"name": service.name, "project": service.project, "id": run_id}))
+    kept = {"name": service.name, "project": service.project, "id": run_id}
+    write_atomically(run.output_dir / RUN_ID, json.dumps(kept))

@@ -301,7 +301,11 @@ def test_verbs_that_need_a_file_system_say_so(verb: str, words: list[str]):
     ("verb", "words", "setting"),
     [
         ("export", ["export.run=s3://b/r", "export.output_dir=x"], "export.run"),
-        ("export", ["model=hub", "model.path=a/b", "export.adapters={x: s3://b/r/final}", "export.output_dir=x"], "export.adapters"),
+        (
+            "export",
+            ["model=hub", "model.path=a/b", "export.adapters={x: s3://b/r/final}", "export.output_dir=x"],
+            "export.adapters",
+        ),
         ("predict", ["predict.run=s3://b/r", "data.path=x", "output_dir=x"], "predict.run"),
         ("predict", ["model=tiny_random", "predict.adapters={x: s3://b/r}", "data.path=x", "output_dir=x"], "predict.adapters"),
         ("evaluate", ["evaluate.models=[s3://b/r]", "evaluate.tasks=[mmlu_test]", "output_dir=x"], "evaluate.models"),
