@@ -303,7 +303,7 @@ def test_verbs_that_need_a_file_system_say_so(verb: str, words: list[str]):
         ("export", ["export.run=s3://b/r", "export.output_dir=x"], "export.run"),
         (
             "export",
-            ["model=hub", "model.path=a/b", "export.adapters={x: s3://b/r/final}", "export.output_dir=x"],
+            ["model=hub", "model.path=a/b", "export.adapters={x: s3://b/r}", "export.output_dir=x"],
             "export.adapters",
         ),
         ("predict", ["predict.run=s3://b/r", "data.path=x", "output_dir=x"], "predict.run"),
