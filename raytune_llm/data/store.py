@@ -330,6 +330,8 @@ class Store(Rows):
             raise DataError(
                 str(folder), "is not a token store (it has no manifest)", "Create it with the verb prepare."
             ) from None
+        except IsADirectoryError:
+            raise _corrupt(folder / MANIFEST, "is a folder") from None
         if manifest.get("format_version") != FORMAT_VERSION:
             raise DataError(
                 str(folder),
