@@ -34,7 +34,7 @@ def check_on_this_machine(run: Any) -> None:
             continue
         for value in _texts(value_of(run, setting)):
             if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
-                fix = f"Copy it to this machine (aws s3 cp --recursive {value} FOLDER), and name that folder."
+                fix = "Copy it to this machine, and name the copy."
                 raise ConfigError(setting, "must be on a file system", got=value, fix=fix)
 
 
