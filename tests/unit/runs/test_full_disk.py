@@ -86,7 +86,7 @@ def test_a_record_is_whole_and_there_once_although_a_part_was_written_before_the
 def test_a_disk_that_is_full_at_the_start_leaves_the_settings_of_the_run_that_is_there(
     chat_rows: str, cache: str, tmp_path: Path
 ) -> None:
-    run = tiny_run(chat_rows, cache, tmp_path / "o", "train.max_steps=2", "checkpoint.every_steps=1", "train.pause_at=1")
+    run = tiny_run(chat_rows, cache, tmp_path / "o", "train.max_steps=2", "checkpoint.every_steps=1", "train.pause_at=0.5")
     api.train(run)
     before = (tmp_path / "o" / "run.yaml").read_bytes()
     with no_file_larger_than(1000), pytest.raises(ResourceError, match=r"o can't be written: .*resumes from the newest"):
