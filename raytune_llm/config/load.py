@@ -34,7 +34,7 @@ from raytune_llm.config import mistakes
 from raytune_llm.config.options import OF_VERBS, groups, listed, of_verbs, options
 from raytune_llm.config.override_syntax import as_typed, is_read, parsed, quoted
 from raytune_llm.config.overrides import CONF
-from raytune_llm.config.paths import check_on_this_machine
+from raytune_llm.config.paths import check_addresses
 from raytune_llm.config.plain import as_text, flat_items, flat_keys
 from raytune_llm.config.run import RUNS
 from raytune_llm.config.section import validator_of
@@ -119,7 +119,7 @@ def to_run(verb: str, composed: DictConfig) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "the config", f"can't be resolved: {first_line(error)}") from None
     run = validate(RUNS[verb], cast(dict[str, Any], values))
-    check_on_this_machine(run)
+    check_addresses(run)
     return run
 
 

@@ -27,8 +27,13 @@ TASKS = ("evaluate.tasks", "train.eval_tasks")
 """Lists of names and paths. An item with a slash or the suffix .yaml is a path."""
 
 
-def check_on_this_machine(run: Any) -> None:
-    """Raises ConfigError for the address of an object store where only a file system is read."""
+def check_addresses(run: Any) -> None:
+    """Raises ConfigError for the address of an object store where only a file system is read, and for one without a bucket."""
+    for setting in ALWAYS:
+        for value in _texts(value_of(run, setting)):
+            if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", value) and not re.match(r"[a-z][a-z0-9+.-]+://[^/]", value):
+                rule = "must be a folder, or an address such as s3://bucket/folder"
+                raise ConfigError(setting, rule, got=value, fix="Write the scheme in small letters, two slashes, and the bucket.")
     for setting in (*IF_THERE, *ONE_FILE, *TASKS):
         if setting in ADDRESSES:
             continue

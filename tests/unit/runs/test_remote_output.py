@@ -315,3 +315,10 @@ def test_verbs_that_need_a_file_system_say_so(verb: str, words: list[str]):
 def test_what_is_only_read_from_a_file_system_is_refused_by_name(verb: str, words: list[str], setting: str):
     with pytest.raises(ConfigError, match=rf"{setting} must be on a file system, got '(s3|gs)://b.*Copy it to this machine"):
         load_config(verb, words)
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:/bucket/folder", "s3:///folder", "S3://bucket/folder"])
+@pytest.mark.parametrize("setting", ["output_dir", "data.cache"])
+def test_an_address_without_a_bucket_is_refused_and_not_taken_for_a_folder(setting: str, address: str):
+    with pytest.raises(ConfigError, match=rf"{setting} must be a folder, or an address such as s3://bucket/folder"):
+        load_config("train", ["model=tiny_random", "data.path=x", f"{setting}={address}"])
