@@ -171,7 +171,7 @@ class Jobs:
                     if not any(words in line for words in RAYS_OWN):
                         yield line
             finally:
-                runner.run(lines.aclose())
+                runner.run(_close(lines))
 
     async def _lines(self, job: str, on_reconnect: Callable[[str], None]) -> AsyncGenerator[str, None]:
         seen, rest, failures, lost = 0, "", 0, 0.0
@@ -191,7 +191,10 @@ class Jobs:
                 if time.monotonic() - lost > GIVE_UP_S:
                     raise ResourceError(f"{self.address} no longer answers ({error})", come_back(job, self.address)) from None
                 if failures == 0:
-                    on_reconnect(f"the connection to {self.address} broke ({first_line(error)}): trying again")
+                    on_reconnect(
+                        f"the connection to {self.address} broke ({first_line(error)}): trying again for up to "
+                        f"{GIVE_UP_S / 60:g} minutes; Ctrl-C leaves the job running"
+                    )
                 await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
                 failures += 1
                 continue
@@ -250,6 +253,15 @@ class Jobs:
             if "does not exist" in str(error):
                 raise ConfigError("job", f"must be a job of {self.address}: {str(error).strip()}") from None
             raise ResourceError(f"{self.address} refused: {_said(error)}") from None
+
+
+async def _close(lines: AsyncGenerator[str, None]) -> None:
+    """Also where a signal's handler has raised in the middle of the loop (SIGTERM), so that the next line is still awaited."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await lines.aclose()
 
 
 def address_of(setting: str | None) -> str:

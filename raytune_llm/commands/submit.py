@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raytune_llm import api
+from raytune_llm import api, interrupts
 from raytune_llm.cluster.job_log import JobLog
 from raytune_llm.cluster.jobs import Job, Jobs, address_of, come_back, open_to_all
 from raytune_llm.cluster.submit import follow
@@ -14,8 +14,6 @@ from raytune_llm.config.run import SubmitRun
 from raytune_llm.config.sweep import SubmittedSweep
 from raytune_llm.errors import ResourceError
 from raytune_llm.report.display import Display
-
-DETACHED_EXIT_CODE = 130
 
 
 def main(run: SubmitRun | SubmittedSweep) -> int:
@@ -38,13 +36,14 @@ def known_address(console: Console, setting: str | None) -> str:
 
 
 def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> int:
-    """Follow the job until it ends and return its driver's exit code. Ctrl-C detaches from the job, which keeps running."""
+    """Follow the job until it ends and return its driver's exit code. Ctrl-C and SIGTERM detach from the job, which keeps
+    running."""
     try:
         log = follow(jobs, job.id, Display(console), lambda text: say(console, text))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         say(console, f"\ndetached: {job.id} keeps running. {come_back(job.id, jobs.address)}")
         say(console, f"Stop it with: python -m raytune_llm jobs stop {job.id} submit.address={jobs.address}")
-        return DETACHED_EXIT_CODE
+        return interrupts.exit_code(interrupt)
     ended = jobs.get(job.id)
     try:
         fetch(console, log, job.id, results)
