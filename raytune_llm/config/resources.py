@@ -34,7 +34,8 @@ class Local:
     max_failures: NonNegativeInt
     """How often within an hour lost workers may be replaced. Each time, the run resumes from the newest checkpoint."""
     collective_timeout_s: PositiveFloat
-    """A worker stops after it has waited this long for the others. A worker that does not answer for this long is replaced."""
+    """A worker stops after it has waited this long for the others. A worker, or another process of
+    the command, that does not answer for this long is replaced."""
 
 
 @section

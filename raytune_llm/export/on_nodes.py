@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from raytune_llm.config.resources import Cluster, Local, on_cluster
-from raytune_llm.errors import ResourceError, first_line
+from raytune_llm.errors import ResourceError, RunLost, first_line
 from raytune_llm.export.source import Source
 from raytune_llm.export.tensors import Shard, TensorFact, shards_of, write_file, write_index
 from raytune_llm.runs.group_size import check_fits, group_size, warn_without_room
@@ -26,6 +26,8 @@ GIVEN_UP = ".given-up"
 """A file beside the others, from which tasks see that the export has failed."""
 ENDS_WITHIN_S = 10.0
 """Longest wait for tasks that were given up."""
+NO_FILE_S = 3600.0
+"""A file takes minutes. One that a frozen process writes never ends, and Ray would wait for it without limit."""
 PARTIAL = ".partial"
 """The end of the name of a file that is being written."""
 
@@ -65,7 +67,10 @@ def write_on_nodes(
             while waiting and len(running) < at_once:
                 shard = waiting.pop()
                 running[task.remote(shared, shard.facts, folder / shard.name)] = shard
-            (done, *_), _ = ray.wait(list(running))
+            if not (ended := ray.wait(list(running), timeout=NO_FILE_S)[0]):
+                what = f"no file of the export was written in {NO_FILE_S:g} s: a process, a node or the storage stands still"
+                raise RunLost(what, "See `ray status` and `ray list tasks`, and repeat the command.")
+            (done,) = ended
             ray.get(done)
             on_bytes(running.pop(done).num_bytes)
     except RayTaskError as error:

@@ -5,8 +5,9 @@ Several blocks are answered concurrently, so that an engine's batch stays full b
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from raytune_llm.config.resources import Cluster, Local, ResourcesConfig
 from raytune_llm.config.serve import EngineConfig, ServedModels
 from raytune_llm.engines.engine import Engine
 from raytune_llm.engines.questions import BLOCK_QUESTIONS, Answered, Answering, Block, answer_block
-from raytune_llm.errors import ConfigError, ResourceError, UserError
+from raytune_llm.errors import ConfigError, RunLost, UserError, first_line
+from raytune_llm.runs.pulse import PULSE_GROUP, Beating, Frozen, Pulse
+from raytune_llm.runs.remote_task import wait_for_places
 
+log = logging.getLogger(__name__)
 ROWS_AHEAD = 4
 """Requests that are submitted at once, as a multiple of the engine's rows, so that a free row always has a next request."""
 
@@ -91,7 +95,7 @@ def _answering_here(settings: EngineSettings, resources: Any) -> Iterator[Answer
 # On Ray -------------------------------------------------------------------------------------------------------------------
 
 
-class Answerer:
+class Answerer(Beating):
     """An actor with one engine, which it builds in its first call. A UserError is returned, not raised, because Ray would wrap it
     in an error of its own."""
 
@@ -123,15 +127,18 @@ class Answerer:
 
 
 class AnsweringOnRay:
-    def __init__(self, actors: Sequence[Any], blocks_at_once: int) -> None:
+    def __init__(self, actors: Sequence[Any], blocks_at_once: int, each: Mapping[str, float], limit_s: float) -> None:
+        """each: CPUs and GPUs of an actor. limit_s: how long its process may not answer (resources.collective_timeout_s)."""
         import ray
 
-        self._ray, self._actors, self._blocks_at_once = ray, actors, blocks_at_once
-        self.max_length = min(map(self._value, [actor.max_length.remote() for actor in actors]))
+        self._ray, self._actors, self._blocks_at_once, self._each = ray, actors, blocks_at_once, each
+        self._pulses = [Pulse(actor, f"worker {number}", limit_s) for number, actor in enumerate(actors)]
+        asked = [actor.max_length.remote() for actor in actors]
+        self.max_length = min(self._value(reference, number) for number, reference in enumerate(asked))
 
     def __call__(self, blocks: Iterable[Block]) -> Iterator[list[Answered]]:
         """Each block goes to the actor with the fewest unanswered blocks. Answers are yielded in the order of the blocks."""
-        waiting: deque[Any] = deque()
+        waiting: deque[tuple[Any, int]] = deque()
         running: dict[Any, int] = {}
         for block in blocks:
             done, _ = self._ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
@@ -140,19 +147,26 @@ class AnsweringOnRay:
             loads = [list(running.values()).count(number) for number in range(len(self._actors))]
             number = loads.index(min(loads))
             reference = self._actors[number].answer.remote(block)
-            waiting.append(reference)
+            waiting.append((reference, number))
             running[reference] = number
             if len(waiting) >= self._blocks_at_once * len(self._actors):
-                yield self._value(waiting.popleft())
+                yield self._value(*waiting.popleft())
         while waiting:
-            yield self._value(waiting.popleft())
+            yield self._value(*waiting.popleft())
 
-    def _value(self, reference: Any) -> Any:
-        try:
-            value = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
-            fix = "What is answered is kept: the same command answers the rest."
-            raise ResourceError(f"a worker was lost too often ({str(error).splitlines()[0]})", fix) from None
+    def _value(self, reference: Any, number: int) -> Any:
+        """What the actor of this number answers. Ray asks it again where its process dies, or stands still and is ended here."""
+        while True:
+            try:
+                value = self._ray.get(self._pulses[number].wait([reference]))
+                break
+            except Frozen as frozen:
+                log.warning("%s; it is replaced", frozen)
+                self._ray.kill(self._actors[number], no_restart=False)
+                wait_for_places([self._actors[number]], self._each)
+            except self._ray.exceptions.RayActorError as error:
+                fix = "What is answered is kept: the same command answers the rest."
+                raise RunLost(f"a worker was lost too often ({first_line(error)})", fix) from None
         if isinstance(value, UserError):
             raise value
         return value
@@ -163,11 +177,12 @@ def _answering_on_ray(settings: EngineSettings, resources: Local | Cluster) -> I
     session.connect(resources)
     import ray
 
-    from raytune_llm.runs.group_size import ROOM_AFTER_S, check_fits, group_size, warn_without_room
+    from raytune_llm.runs.group_size import check_fits, group_size
 
     size = group_size(resources)
     check_fits(size)
-    actor: Any = ray.remote(Answerer).options(
+    groups: dict[str, Any] = {"concurrency_groups": PULSE_GROUP}  # which Ray takes here, and not as an option below
+    actor: Any = ray.remote(**groups)(Answerer).options(
         num_cpus=size.cpus,
         num_gpus=size.gpus,
         max_restarts=resources.max_failures,
@@ -175,11 +190,9 @@ def _answering_on_ray(settings: EngineSettings, resources: Local | Cluster) -> I
         max_concurrency=settings.blocks_at_once + 1,
     )
     actors: list[Any] = [actor.remote(settings, int(size.cpus)) for _ in range(size.workers)]
-    starting = [one.__ray_ready__.remote() for one in actors]
     try:
-        while starting := ray.wait(starting, num_returns=len(starting), timeout=ROOM_AFTER_S)[1]:
-            warn_without_room(len(starting), size.each)
-        yield AnsweringOnRay(actors, settings.blocks_at_once)
+        wait_for_places(actors, size.each)
+        yield AnsweringOnRay(actors, settings.blocks_at_once, size.each, resources.collective_timeout_s)
     finally:
         for one in actors:
             ray.kill(one)

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from raytune_llm.config.resources import Cluster, Local
-from raytune_llm.errors import ResourceError, first_line
-from raytune_llm.runs.group_size import group_size
+from raytune_llm.errors import ResourceError, RunLost, first_line
+from raytune_llm.runs.group_size import ROOM_AFTER_S, group_size, warn_without_room
+from raytune_llm.runs.pulse import PULSE_GROUP, Beating, Frozen, Pulse
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packages: Sequence[str] = ()) -> T:
-    """The result of `function`, which must be picklable. Its errors are raised here, and ResourceError if its process dies.
+    """The result of `function`, which must be picklable. Its errors are raised here, and RunLost if its process dies again
+    and again, or stands still.
 
     packages: requirements that Ray installs on the node, in a runtime environment for this call.
     """
+    return call_with(group_size(resources).each, resources, function, packages=packages)
+
+
+def call_with(
+    each: Mapping[str, float], resources: Local | Cluster, function: Callable[[], T], *, packages: Sequence[str] = ()
+) -> T:
+    """`call_on_node`, with these CPUs and GPUs. A process that dies is replaced as often as max_failures says."""
     import ray
     from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
-    size = group_size(resources)
-    options: dict[str, Any] = {"num_cpus": size.cpus, "num_gpus": size.gpus}
+    options: dict[str, Any] = {"num_cpus": each["CPU"], "num_gpus": each["GPU"], "concurrency_groups": PULSE_GROUP}
+    options |= {"max_restarts": resources.max_failures, "max_task_retries": resources.max_failures}
     if packages:
         options["runtime_env"] = {"pip": list(packages)}
+    actor: Any = ray.remote(**options)(Caller).remote()
     try:
-        return ray.get(ray.remote(**options)(_called).remote(function))
+        wait_for_places([actor], each, packages)
+        return ray.get(Pulse(actor, "a process", resources.collective_timeout_s).wait([actor.call.remote(function)]))
     except RayTaskError as error:
         raise error.cause from None
     except RuntimeEnvSetupError as error:
@@ -33,9 +46,26 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
         raise ResourceError(what, "Make the nodes reach a package index, or install them in an environment there.") from error
     except RayError as error:
         what = f"a process on a node of the cluster died, or its node is gone ({first_line(error)})"
-        raise ResourceError(what, "The same command resumes.") from error
+        raise RunLost(what, "The same command resumes.") from error
+    except Frozen as frozen:
+        raise RunLost(str(frozen), "The same command resumes; take a machine that stands still out of the cluster.") from None
+    finally:
+        ray.kill(actor)
 
 
-def _called(function: Callable[[], T]) -> T:
-    """Call the function. Ray accepts only plain functions, and `function` may be a partial."""
-    return function()
+def wait_for_places(actors: Sequence[Any], each: Mapping[str, float], packages: Sequence[str] = ()) -> None:
+    """Wait until these actors have started, and log what they wait for."""
+    import ray
+
+    starting = [actor.__ray_ready__.remote() for actor in actors]
+    if packages and ray.wait(starting, num_returns=len(starting), timeout=ROOM_AFTER_S)[1]:
+        log.warning("waiting for a node of the cluster to install %s", ", ".join(packages))
+    while starting := ray.wait(starting, num_returns=len(starting), timeout=ROOM_AFTER_S)[1]:
+        warn_without_room(len(starting), each)
+
+
+class Caller(Beating):
+    """An actor for one call."""
+
+    def call(self, function: Callable[[], T]) -> T:
+        return function()

@@ -9,6 +9,7 @@ An actor that dies is started again, and its trial resumes from its own output f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,20 +22,23 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
-from raytune_llm.config.resources import INLINE, on_cluster, uses_ray
+from raytune_llm.config.resources import INLINE, Cluster, Local, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.config.sweep import Sweep
 from raytune_llm.config.tune import TuneConfig
 from raytune_llm.runs.group_size import ROOM_AFTER_S, warn_without_room
 from raytune_llm.runs.owner import wait_until_free
+from raytune_llm.runs.pulse import PULSE_GROUP, Beating, Frozen, Pulse
+from raytune_llm.runs.remote_task import call_with
 from raytune_llm.tune.metric import metric_of
 from raytune_llm.tune.places import Place, Share, share_of, workers_of
 from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial, set_libraries_aside
 
+log = logging.getLogger(__name__)
 MESSAGES = "messages"
 
 
-class TrialProcess:
+class TrialProcess(Beating):
     """The actor. `run` trains in one thread; reports and answers go by others meanwhile."""
 
     def __init__(self, train: Train, tune: TuneConfig, cpus: float) -> None:
@@ -71,15 +75,18 @@ class ActorPlace:
     others: the sweep's places. Where a node is lost, its trials need the room of actors elsewhere that have nothing to train.
     """
 
-    def __init__(self, train: Train, tune: TuneConfig, share: Share, max_failures: int, others: Sequence[ActorPlace]) -> None:
-        options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "concurrency_groups": {MESSAGES: 2}}
+    def __init__(
+        self, train: Train, tune: TuneConfig, share: Share, resources: Local | Cluster, others: Sequence[ActorPlace]
+    ) -> None:
+        options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "concurrency_groups": {MESSAGES: 2, **PULSE_GROUP}}
         self._start = partial(ray.remote(**options)(TrialProcess).remote, train, tune, share.cpus)
         self._needs = {"CPU": share.cpus, "GPU": share.gpus}
-        self._max_failures = max_failures
+        self._max_failures, self._limit_s = resources.max_failures, resources.collective_timeout_s
         self._others = others
         self._trains = Lock()
         """Held while a trial trains."""
         self._actor: Any = None
+        self._pulse: Any = None
         self._report: Any = None
         """The next one of the actor, which it is waiting for; it outlives a trial."""
         self._closed = False
@@ -97,6 +104,10 @@ class ActorPlace:
                 if self._closed or not isinstance(error, RayActorError | OutOfMemoryError):
                     raise
                 how = "out of memory" if "memory" in str(error) else "killed, or its node is gone"
+                self._end()
+            except Frozen as frozen:
+                log.warning("%s; trial %s starts again from its newest checkpoint", frozen, Path(run.output_dir).name)
+                how = "it did not answer"
                 self._end()
         reason = f"its process died {self._max_failures + 1} times ({how})"
         return Outcome(state="failed", value=None, reason=reason, again=True)
@@ -128,11 +139,11 @@ class ActorPlace:
             while not ray.wait([started], timeout=ROOM_AFTER_S)[0]:
                 if not any(place.yields() for place in self._others):
                     warn_without_room(1, self._needs)
+            self._pulse = Pulse(self._actor, "the process of a trial", self._limit_s)
             self._report = self._messages("report").remote()
         done = self._actor.run.remote(run)
         while True:
-            ready, _ = ray.wait([self._report, done], num_returns=1)
-            if ready == [done]:
+            if self._pulse.wait([self._report, done]) == done:
                 return ray.get(done)
             step, total_steps, value = ray.get(self._report)
             self._report = self._messages("report").remote()
@@ -170,13 +181,13 @@ def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Itera
     resources, tune = sweep.run.resources, sweep.tune
     assert uses_ray(resources)
     grouped = workers_of(resources) > 1 or not all(run.fits_one_process for run in runs)
-    fit = 1 if grouped else fits(runs, on_gpu=bool(ray.cluster_resources().get("GPU")))
+    fit = 1 if grouped else fits(runs, resources, on_gpu=bool(ray.cluster_resources().get("GPU")))
     share = share_of(resources, ray.cluster_resources(), most=tune.max_concurrent, fit=fit)
     if grouped:
         places = [TrainerPlace(train, tune, share) for _ in range(share.count)]
     else:
         actors: list[ActorPlace] = []
-        actors += [ActorPlace(train, tune, share, resources.max_failures, actors) for _ in range(share.count)]
+        actors += [ActorPlace(train, tune, share, resources, actors) for _ in range(share.count)]
         places = actors
     try:
         yield list(places)
@@ -185,12 +196,11 @@ def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Itera
             place.close()
 
 
-def fits(runs: Sequence[TrainRun], *, on_gpu: bool) -> int:
+def fits(runs: Sequence[TrainRun], resources: Local | Cluster, *, on_gpu: bool) -> int:
     """So many of the largest of these runs at once in the memory of a GPU, or of this host where there is none. At least one:
     where a plan says that none fits, one is tried."""
     if on_gpu:
-        warn_without_room(1, {"GPU": 1.0})
-        return ray.get(ray.remote(num_cpus=0, num_gpus=1)(_fits).remote(runs))
+        return call_with({"CPU": 0.0, "GPU": 1.0}, resources, partial(_fits, runs))
     return _fits(runs)
 
 

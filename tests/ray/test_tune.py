@@ -72,7 +72,9 @@ def test_trials_in_actors_are_those_of_one_process_also_when_one_is_killed(chat_
 
 
 @pytest.mark.long
-def test_a_trial_that_resumes_from_a_rung_does_so_where_all_actors_were_killed_meanwhile(chat_rows, cache, tmp_path):
+def test_a_trial_that_resumes_from_a_rung_does_so_where_one_actor_was_killed_meanwhile_and_one_stands_still(
+    chat_rows, cache, tmp_path
+):
     grid = ("optimizer.lr=1e-3,1e-2", "adapter.rank=2,4", "tune=grid", "tune.scheduler=asha", "tune.grace=0.25")
     api.tune(load_sweep(words(chat_rows, cache, tmp_path / "here", *grid, "resources=inline")))
     before, killed = set(processes_of(b"ray::TrialProcess")), []
@@ -80,12 +82,13 @@ def test_a_trial_that_resumes_from_a_rung_does_so_where_all_actors_were_killed_m
     def kill_all(study, trial):
         if trial.round == 1 and trial.state == "running" and not killed:
             killed.extend(set(processes_of(b"ray::TrialProcess")) - before)
-            for process in killed:
-                os.kill(process, signal.SIGKILL)
+            for process, how in zip(killed, (signal.SIGKILL, signal.SIGSTOP), strict=True):
+                os.kill(process, how)
 
-    sweep = load_sweep(words(chat_rows, cache, tmp_path / "there", *grid, "resources=local", "tune.max_concurrent=2"))
+    local = ("resources=local", "tune.max_concurrent=2", "resources.collective_timeout_s=8")
+    sweep = load_sweep(words(chat_rows, cache, tmp_path / "there", *grid, *local))
     api.tune(sweep, on_change=kill_all)
-    assert len(killed) == 2
+    assert len(killed) == 2 and not [process for process in killed if Path(f"/proc/{process}").exists()]
     assert numbers(tmp_path / "there") == numbers(tmp_path / "here")
 
 
