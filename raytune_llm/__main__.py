@@ -5,6 +5,7 @@ Imports nothing heavy: help and mistakes in settings answer before torch or ray 
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import warnings
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv.pop(0) if argv and argv[0] in VERBS else None
     from raytune_llm import interrupts
-    from raytune_llm.errors import UserError
+    from raytune_llm.errors import HeadLost, UserError
     from raytune_llm.spinning import spin_briefly
 
     spin_briefly()
@@ -50,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         if error.instead and (command := _instead(verb, argv, error.instead)) is not None:
             print(f"This works here: {command}", file=sys.stderr)
+        if isinstance(error, HeadLost):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         what = "terminated" if isinstance(interrupt, interrupts.Terminated) else "interrupted"

@@ -41,6 +41,7 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.pipeline import Prepared, Streamed
 from raytune_llm.data.readers.declarations import check_held_out
 from raytune_llm.evaluate.exact_match import ExactMatch
+from raytune_llm.head_watch import ends_without_head
 from raytune_llm.migrate.experiment import translate_file, write
 from raytune_llm.report.metrics import Sink, Summary, WallTime, read_metrics, summary_of, write_summary
 from raytune_llm.report.slow import notify_if_slow
@@ -81,6 +82,7 @@ class TrainResult:
         return self.output_dir / "final"
 
 
+@ends_without_head("resumes from the finished shards")
 def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) -> Prepared:
     """The token stores of a run, which are created unless they exist."""
     check_held_out(run.data, ranked=KINDS[run.stage.kind].ranked)
@@ -97,6 +99,7 @@ def prepare(run: PrepareRun, *, on_progress: pipeline.OnProgress | None = None) 
     return pipeline.prepare(run.model, run.data, resources, kind=kind, on_progress=on_progress, check_cluster=check)
 
 
+@ends_without_head("resumes from the newest checkpoint")
 def train(
     run: TrainRun,
     *,
@@ -373,6 +376,7 @@ def plan(run: TrainRun, *, in_sweep: bool = False) -> Plan:
     return plan(run, in_sweep=in_sweep)
 
 
+@ends_without_head("resumes the sweep")
 def tune(
     sweep: Sweep,
     *,
@@ -403,6 +407,7 @@ def import_(run: ImportRun) -> Path:
     return write(run, translate_file(run))
 
 
+@ends_without_head("starts the server again")
 def serve(run: ServeRun, *, notify: Callable[[str], None] = lambda line: None) -> None:
     """Serve a model and its adapters until interrupted. notify: called with one line of text at each stage of the start."""
     from raytune_llm.serve.extra import check_extra
@@ -437,6 +442,7 @@ def chat(run: ChatRun) -> AbstractContextManager[Dialogue]:
     return open_dialogue(with_absolute_paths(run))
 
 
+@ends_without_head("answers the rest")
 def predict(run: PredictRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Predicted:
     """Answers for a data set, written as they are generated, and their metrics. Answers in the output folder are kept.
 
@@ -449,6 +455,7 @@ def predict(run: PredictRun, *, on_progress: Callable[[int, int], None] = lambda
     return predict(with_absolute_paths(run), on_progress)
 
 
+@ends_without_head("starts over")
 def export(run: ExportRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Exported:
     """Write a merged model, and compare it with the base and adapters. on_progress(bytes written, bytes in total)."""
     from raytune_llm.export.run import export
@@ -456,6 +463,7 @@ def export(run: ExportRun, *, on_progress: Callable[[int, int], None] = lambda d
     return export(with_absolute_paths(run), on_progress)
 
 
+@ends_without_head("resumes after the models that were asked")
 def evaluate(run: EvaluateRun, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluated:
     """Benchmark one or several models, and write results.json, results.md and results.png. on_progress(questions answered,
     questions in total)."""

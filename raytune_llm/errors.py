@@ -75,6 +75,10 @@ class RunLost(ResourceError):
     exit_code = 1
 
 
+class HeadLost(RunLost):
+    """The head of the Ray cluster is gone. Ray aborts this process soon, also while it exits, so it must end at once."""
+
+
 class Diverged(UserError):
     """The loss or the gradients became NaN or infinite. The same command would fail again; settings or data must change."""
 

@@ -173,7 +173,8 @@ def test_a_run_whose_head_dies_says_so_and_ends_as_one_that_can_be_started_again
         kill(head)
         assert driver.wait(120) == 1
     said = (tmp_path / "log").read_text()
-    assert "Ray lost the run" in said and "The same command resumes" in said and "Traceback" not in said, said
+    assert "Ray lost the run" in said and "The same command resumes" in said, said
+    assert "Traceback" not in said and "rpc_client" not in said, said
 
 
 def nodes_with_cpus() -> list[str]:
