@@ -74,6 +74,8 @@ class StreamOptions(Part):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Accepted, but chunks are never padded."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's; accepted, but only the last chunk has the usage."""
 
 
 class JSONSchema(Part):
@@ -143,8 +145,9 @@ class GenerationBody(RequestBody):
     def _options_have_a_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options may be given with stream=true only")
-        if self.stream_options is not None and self.stream_options.include_obfuscation:
-            self.ignored = sorted([*self.ignored, "stream_options.include_obfuscation"])
+        for name in ("include_obfuscation", "continuous_usage_stats"):
+            if getattr(self.stream_options, name, None):
+                self.ignored = sorted([*self.ignored, f"stream_options.{name}"])
         return self
 
 

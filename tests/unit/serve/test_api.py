@@ -404,8 +404,9 @@ def test_fields_that_change_nothing_beside_others_or_with_this_template_are_name
     forced = chat(server, tools=[tool], tool_choice="required", max_tokens=60, response_format={"type": "json_object"})
     assert forced.headers["x-ignored-fields"] == "response_format"
     assert "x-ignored-fields" not in chat(server, tools=[tool], tool_choice="none").headers
-    padded = chat(server, tools=[tool], stream=True, stream_options={"include_obfuscation": True})
-    assert padded.headers["x-ignored-fields"] == "stream_options.include_obfuscation, tools"
+    options = {"include_obfuscation": True, "continuous_usage_stats": True}
+    told = chat(server, tools=[tool], stream=True, stream_options=options).headers["x-ignored-fields"]
+    assert told == "stream_options.continuous_usage_stats, stream_options.include_obfuscation, tools"
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})):
         assert post(server, path, {"model": "base", "user": "me", **body}).headers["x-ignored-fields"] == "user"
 
