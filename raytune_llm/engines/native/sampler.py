@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from raytune_llm.engines.requests import Sampling, ScoredToken, TokenLogprob
 
+LIKELIEST = 256
+"""On a CPU, tokens are drawn among so many likeliest ones if that suffices, since sorting a whole vocabulary takes milliseconds a
+row. At temperature 1, it nearly always does."""
 MIN_TEMPERATURE = 1e-5
 """Below it the likeliest token is drawn anyway, and a quotient of a logit may be infinite."""
 
@@ -123,11 +127,33 @@ def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
         for s, row in zip(settings, rows, strict=True)
     ]
     columns_5K1 = _on(device, numbers, torch.float32).T[:, :, None]
-    uniform_K1, temperature_K1, top_k_K1, top_p_K1, min_p_K1 = columns_5K1
-    probs_KV, order_KV = torch.softmax(logits_KV / temperature_K1, dim=1).sort(dim=1, descending=True)
+    probs_KV = torch.softmax(logits_KV / columns_5K1[1], dim=1)
+    if device.type != "cpu" or size <= 2 * LIKELIEST:
+        sorted_KV, order_KV = probs_KV.sort(dim=1, descending=True)
+        return order_KV.gather(1, _places(sorted_KV, settings, columns_5K1)[0]).squeeze(1)
+    # All other tokens are one more, the last. Where that is drawn, or a limit lies within it, the row is drawn among all tokens.
+    likeliest_KN, order_KN = probs_KV.topk(LIKELIEST, dim=1)
+    rest_K1 = (1 - likeliest_KN.sum(dim=1, keepdim=True)).clamp_min(0)
+    min_p_K1 = torch.tensor([[0.0 if s.top_k else s.min_p] for s in settings])
+    rest_K1[likeliest_KN[:, -1:] < likeliest_KN[:, :1] * min_p_K1] = 0  # none of them is a candidate
+    place_K1, keeps_rest_K1 = _places(torch.cat([likeliest_KN, rest_K1], dim=1), settings, columns_5K1)
+    limited_K = torch.tensor([bool(s.top_k) or s.top_p < 1 or s.min_p > 0 for s in settings])
+    open_K = (place_K1.squeeze(1) == LIKELIEST) | (keeps_rest_K1.squeeze(1) & limited_K)
+    tokens_K = order_KN.gather(1, place_K1.clamp_max(LIKELIEST - 1)).squeeze(1)
+    if open_K.any():
+        sorted_MV, order_MV = probs_KV[open_K].sort(dim=1, descending=True)
+        place_M1, _ = _places(sorted_MV, list(compress(settings, open_K)), columns_5K1[:, open_K])
+        tokens_K[open_K] = order_MV.gather(1, place_M1).squeeze(1)
+    return tokens_K
+
+
+def _places(probs_KV: Tensor, settings: Sequence[Sampling], columns_5K1: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each row's token among its probabilities, which are in descending order (int64 [K, 1]), and whether the last
+    place is a candidate (bool [K, 1])."""
+    uniform_K1, _, top_k_K1, top_p_K1, min_p_K1 = columns_5K1
     kept_KV = torch.ones_like(probs_KV, dtype=torch.bool)
     if any(s.top_k for s in settings):
-        kept_KV &= torch.arange(size, device=device) < top_k_K1
+        kept_KV &= torch.arange(probs_KV.shape[1], device=probs_KV.device) < top_k_K1
         probs_KV = probs_KV * kept_KV
         probs_KV = probs_KV / probs_KV.sum(dim=1, keepdim=True)  # top_p applies to the distribution after top_k
     if any(s.top_p < 1 for s in settings):
@@ -137,9 +163,9 @@ def _draw(logits_KV: Tensor, rows: Sequence[RowSampler]) -> Tensor:
         kept_KV &= probs_KV >= probs_KV[:, :1] * min_p_K1
     kept_KV[:, 0] = True
     cumulated_KV = (probs_KV * kept_KV).cumsum(dim=1)
-    place_K = torch.searchsorted(cumulated_KV, uniform_K1 * cumulated_KV[:, -1:], right=True)
+    place_K1 = torch.searchsorted(cumulated_KV, uniform_K1 * cumulated_KV[:, -1:], right=True)
     last_K1 = kept_KV.sum(dim=1, keepdim=True) - 1
-    return order_KV.gather(1, torch.minimum(place_K, last_K1)).squeeze(1)
+    return torch.minimum(place_K1, last_K1), kept_KV[:, -1:]
 
 
 def uniform(seed: int, number: int) -> float:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from raytune_llm.engines.native import sampler
 from raytune_llm.engines.native.sampler import RowSampler, allowed, logprobs, sample, uniform
 from raytune_llm.engines.requests import Sampling
 
@@ -19,11 +20,11 @@ def logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 def drawn(logits_V: torch.Tensor, draws: int, *, temperature: float = 1.0, **settings) -> torch.Tensor:
     """How often each token was drawn."""
-    sampler = row(temperature=temperature, **settings)
+    one = row(temperature=temperature, **settings)
     counts = torch.zeros(V)
     for _ in range(draws):
-        counts[int(sample(logits_V[None].clone(), [sampler])[0])] += 1
-        sampler.drawn += 1
+        counts[int(sample(logits_V[None].clone(), [one])[0])] += 1
+        one.drawn += 1
     return counts / draws
 
 
@@ -65,6 +66,20 @@ def test_only_candidates_are_drawn(settings):
     kept &= probs >= settings.get("min_p", 0.0) * probs[0]
     counts = drawn(values, 2000, **settings)
     assert set(counts.nonzero().flatten().tolist()) == set(order[kept].tolist())
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+def test_a_draw_among_the_likeliest_tokens_is_the_one_among_all(spread: float, monkeypatch: pytest.MonkeyPatch):
+    """spread: with 0.1, most draws are of tokens behind the likeliest ones; with 6, nearly none."""
+    limits = [{}, {"top_k": 5}, {"top_k": 300}, {"top_p": 0.3}, {"top_p": 0.999}, {"min_p": 0.05}, {"min_p": 1e-6}]
+    limits += [{"top_k": 400, "top_p": 0.9, "min_p": 1e-4}, {"temperature": 0.0}, {"logit_bias": ((3, 50.0),)}]
+    for number in range(20):
+        rows = [row(**{"temperature": 1.0, "seed": number, **limit}) for limit in limits]
+        values = spread * torch.randn(len(rows), 3000, generator=torch.Generator().manual_seed(number))
+        found = sample(values.clone(), rows)
+        with monkeypatch.context() as patched:
+            patched.setattr(sampler, "LIKELIEST", 3000)
+            assert torch.equal(found, sample(values.clone(), rows))
 
 
 def test_a_row_draws_the_same_whatever_is_beside_it():
