@@ -1,11 +1,14 @@
 """The engine on one GPU: random weights in the shape of a published model, prompts of 128 tokens, 128 new ones.
 
-    scripts/bench gpu_serve [--rows 1 8 32 128] [--shape llama3_8b] [--adapters 16] [--bases none fp8] [--profile] [--eager]
+    scripts/bench gpu_serve [--rows 1 8 32 128] [--shape llama3_8b] [--adapters 16] [--bases none fp8] [--profile DIR] [--eager]
 
 For each base and number of rows, without adapters and with each row's own of 16 of rank 8: tokens/s of whole answers, their
 prompts included, and of decoding alone, from the steps in which every row decodes; a step's time. Then a prompt of 8,192 tokens
 beside the training step's forward pass, and an adapter from its folder to its first token beside running rows. tests/gpu
 compares what is fast here with what is plain. Prints a table last.
+
+--profile writes tables of the kernels of eight decoding steps and of one step of 64 prompts, and what the engine's thread and the
+thread that reads an adapter did during the longest wait of a running row.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -164,22 +168,96 @@ def profiled(engine: Any, asked: list[Request], path: Path) -> None:
         stream.result()
 
 
-def adapter_load(engine: Any, folder: Path, names: list[str | None]) -> dict[str, float]:
-    """From its folder to its first token while 8 rows run, and the longest that one of them waited meanwhile."""
+def profiled_prompts(engine: Any, asked: list[Request], path: Path) -> dict[str, float]:
+    """One step with all prompts: the time from its start to the tokens, and the sum of its kernels' times."""
+
+    def step() -> float:
+        began: list[float] = []
+
+        def wait_for_all() -> None:
+            time.sleep(0.2)
+            began.append(time.perf_counter())
+
+        engine._calls.put(wait_for_all)
+        for stream in [engine.submit(request) for request in asked]:
+            stream.result()
+        return time.perf_counter() - began[0]
+
+    wall = min(step() for _ in range(3))
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as kept:
+        step()
+        torch.cuda.synchronize()
+    averages = kept.key_averages()
+    path.write_text(averages.table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
+    kernels = sum(one.self_device_time_total for one in averages if one.device_type.name == "CUDA")
+    return {"wall_ms": round(wall * 1000, 1), "kernels_ms": round(kernels / 1000, 1)}
+
+
+class Timeline:
+    """When calls of an engine's functions began and ended, in all threads."""
+
+    def __init__(self, engine: Any) -> None:
+        self.calls: list[tuple[float, float, str, str]] = []
+        """Start, end, name of the thread, name of the function."""
+        self._places = [
+            (engine._scheduler, "schedule"),
+            (engine._runner, "run"),
+            (engine, "_start"),
+            (engine, "_read_tokens"),
+            (engine, "_publish_all"),
+            (engine._slots.bank, "load"),
+            (engine._slots.bank, "clear"),
+            (engine._store, "_read"),
+        ]
+
+    def __enter__(self) -> Timeline:
+        self._before = [vars(holder).get(name) for holder, name in self._places]
+        for holder, name in self._places:
+            setattr(holder, name, partial(self._timed, getattr(holder, name), name))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for (holder, name), before in zip(self._places, self._before, strict=True):
+            if before is None:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, before)
+
+    def _timed(self, function: Callable[..., Any], name: str, *args: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            self.calls.append((started, time.perf_counter(), threading.current_thread().name, name))
+
+    def during(self, start: float, stop: float) -> str:
+        """The calls of a tenth of a millisecond or more between these times, in ms after the first of them."""
+        inside = sorted(call for call in self.calls if call[1] > start and call[0] < stop and call[1] - call[0] > 1e-4)
+        return "\n".join(f"{(a - start) * 1e3:8.1f} {(b - start) * 1e3:8.1f} {thread:10} {name}" for a, b, thread, name in inside)
+
+
+def adapter_load(engine: Any, folder: Path, names: list[str | None], path: Path | None = None) -> dict[str, float]:
+    """From its folder to its first token while 8 rows run, and the longest that one of them waited meanwhile. path: to write what
+    happened during this wait."""
     streams = [engine.submit(request) for request in requests(8, [None, *names[:2]], 256)]
     times: list[float] = []
     watcher = threading.Thread(target=lambda: times.extend(arrivals(streams[0])[0]))
     watcher.start()
     time.sleep(0.5)
-    started = time.perf_counter()
-    engine.add_adapter("fresh", folder)
-    (fresh,) = requests(1, ["fresh"], 2)
-    first = arrivals(engine.submit(fresh))[0][0] - started
-    watcher.join()
+    timeline = Timeline(engine) if path is not None else None
+    with timeline or contextlib.nullcontext():
+        started = time.perf_counter()
+        engine.add_adapter("fresh", folder)
+        (fresh,) = requests(1, ["fresh"], 2)
+        first = arrivals(engine.submit(fresh))[0][0] - started
+        watcher.join()
     for stream in streams[1:]:
         stream.result()
     engine.remove_adapter("fresh")
     waits = [after - before for before, after in pairwise(times)]
+    if timeline is not None and path is not None:
+        longest = max(range(1, len(waits)), key=waits.__getitem__)
+        path.write_text(timeline.during(times[longest], times[longest + 1]))
     return {
         "first_token_s": round(first, 3),
         "longest_wait_ms": round(max(waits[1:]) * 1000, 1),
@@ -254,6 +332,16 @@ def main() -> None:
                             asked.profile.mkdir(parents=True, exist_ok=True)
                             with contextlib.suppress(Exception):
                                 profiled(engine, requests(rows, own), asked.profile / f"{name.replace(' ', '_')}.txt")
+                if asked.profile is not None and not label:
+                    for said, own in (("", [None]), (f" {asked.adapters} adapters", names)):
+                        name, prompts = f"{base} step of 64 prompts{said}", requests(min(64, max(asked.rows)), own, 1)
+                        path = asked.profile / f"{name.replace(' ', '_')}.txt"
+                        take(name, lambda prompts=prompts, path=path, engine=engine: profiled_prompts(engine, prompts, path))
+                    path = asked.profile / f"{base}_adapter_load.txt"
+                    take(
+                        f"{base} adapter load, timed",
+                        lambda engine=engine, names=names, path=path: adapter_load(engine, folders[-1], names, path),
+                    )
                 if not label:
                     take(f"{base} prefill 8192", lambda engine=engine: prefill(engine))
                     take(f"{base} adapter load", lambda engine=engine, names=names: adapter_load(engine, folders[-1], names))

@@ -51,7 +51,7 @@ def test_decoding_equals_its_plain_twin(heads, groups, head, window, softcap, dt
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize("rows", [5, 100, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_by_slot_equal_their_plain_twin(dtype, rows):
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_products_by_slot_equal_their_plain_twin(dtype, rows):
     for inputs, rank, widths in ((4096, 8, (4096, 1024, 1024)), (14336, 8, (4096,)), (96, 64, (100, 36))):
         x = torch.randn(rows, inputs, device=CUDA, dtype=dtype)
         a = [torch.randn(4, rank, inputs, device=CUDA, dtype=dtype) / inputs**0.5 for _ in widths]
-        b = [torch.randn(4, rank, width, device=CUDA, dtype=dtype) for width in widths]
+        b = [torch.randn(4, rank, width, device=CUDA, dtype=dtype) / rank**0.5 for width in widths]
         for bank in (*a, *b):
             bank[-1] = 0
         outs = list(torch.randn(rows, sum(widths), device=CUDA, dtype=dtype).split(widths, dim=1))

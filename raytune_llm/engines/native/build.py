@@ -26,6 +26,7 @@ from raytune_llm.models.attention.cache import check_cached
 from raytune_llm.models.attention.isolation import first_chunk
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.few_rows import FewRows
+from raytune_llm.models.fused import fuse
 from raytune_llm.models.layers import layers
 from raytune_llm.models.load import positions
 from raytune_llm.models.onednn import OneDNN
@@ -102,6 +103,8 @@ def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
         pack(layers(policy.base), packing)
         if bank is not None and packing.joins_adapters:
             bank.join()
+    if serving.device.type == "cuda" and serving.compute != torch.float32:
+        fuse(policy.base)
     limit = serving.limit or 2**20
     graphs = None
     if _captures(settings, serving):

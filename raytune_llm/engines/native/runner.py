@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from raytune_llm.data.batches import collate, to_device
 from raytune_llm.engines.native.graphs import DecodeGraphs
-from raytune_llm.engines.native.prompt_graphs import PromptGraphs, lacks_for_prompt_graphs
+from raytune_llm.engines.native.prompt_graphs import SIZES, PromptGraphs, lacks_for_prompt_graphs
 from raytune_llm.engines.native.sampler import scored_tokens
 from raytune_llm.engines.native.scheduler import Piece
 from raytune_llm.engines.native.scoring import ScoredText
@@ -69,6 +69,8 @@ class PolicyRunner:
                 self._prompts = PromptGraphs(policy, self._cache, bank, spare=num_blocks, pool=self._graphs.pool)
                 with self._eagerly():
                     self._prompts.warm_up()
+        if device.type == "cuda":
+            self._warm_up_long_steps()
 
     @property
     def sampled(self) -> Callable[[Tensor], None] | None:
@@ -105,6 +107,15 @@ class PolicyRunner:
         if not wanted:
             return torch.empty(0, self.vocab_size, device=self.device)
         return self._policy.logits(hidden_1LD[0, wanted_R])
+
+    @torch.no_grad()
+    def _warm_up_long_steps(self) -> None:
+        """Compute a step that is longer than the captured ones, so that the first long prompt finds its kernels compiled."""
+        number = SIZES[-1] // self.block_size + 1
+        rows = CachedRows.of(self._cache, [NewTokens([0] * self.block_size, 0, [0])] * number)
+        self._evaluates()
+        with self._eagerly():
+            self._policy.hidden(rows, self._route([0] * number, [self.block_size] * number))
 
     def read_adapter(self, folder: Path) -> tuple[Any, int]:
         refuse_separate_head(folder, "the adapter")

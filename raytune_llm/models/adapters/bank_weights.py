@@ -68,8 +68,11 @@ class Layout:
     sizes: Mapping[str, tuple[int, int]]
     """The name of each layer in the model -> (inputs, outputs)."""
     shape: BankShape
-    pinned: bool
-    """Whether host memory is page-locked, so that a GPU can copy from it asynchronously."""
+
+    @property
+    def numel(self) -> int:
+        """The numbers of an adapter of the slots' rank on every layer."""
+        return self.shape.rank * sum(inputs + outputs for inputs, outputs in self.sizes.values())
 
     def read(self, folder: str | Path, setting: str) -> Weights:
         """Read an adapter's folder. Raises ConfigError, which names the setting, if it doesn't fit the model or a slot."""
@@ -150,7 +153,7 @@ class Layout:
             for name, a, b in zip(ranks, parts[::2], parts[1::2], strict=True):
                 if not (a.isfinite().all() and b.isfinite().all()):
                     raise Misfit(f"{name} has weights that are not finite, which would reach other adapters")
-        return Weights(flat=flat.pin_memory() if self.pinned else flat, ranks=ranks, scales=scales, config=config)
+        return Weights(flat=flat, ranks=ranks, scales=scales, config=config)
 
 
 class Misfit(Exception):

@@ -174,13 +174,17 @@ class GroupedMLP(InPlaceOf):
     up_proj: nn.Module
     down_proj: nn.Module
     act_fn: nn.Module
+    gated: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(gate, up) -> act_fn(gate) * up, if that has a function of its own (models/fused.py)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if hidden_states.is_cuda and lacks_for_gated(*layers, self.act_fn) is None:
             return gated_mlp(hidden_states, *layers)
         gate, up = project(hidden_states, (self.gate_proj, self.up_proj))
-        if type(self.act_fn).__name__ in SILU:
+        if self.gated is not None:
+            (out,) = project(self.gated(gate, up), (self.down_proj,))
+        elif type(self.act_fn).__name__ in SILU:
             (out,) = project(up, (self.down_proj,), gate)
         else:
             (out,) = project(self.act_fn(gate) * up, (self.down_proj,))

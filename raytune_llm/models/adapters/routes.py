@@ -8,7 +8,8 @@ arithmetic. For CPUs, where launching a product is cheap.
 
 Sorted: tokens are sorted by slot, and one grouped product computes all of them. No value is needed on the host, and shapes depend
 only on the number of tokens. An adapter's gradients use only its own tokens, so that infinite values of others don't reach it.
-For training and long prompts on GPUs, where Ranges would be bound by launches, and its bounds would be compiled in.
+For training on GPUs, and for prompts with adapters of high rank, where Ranges would be bound by launches, and its bounds would be
+compiled in.
 
 Masked: one product with the concatenated adapters, of which each token keeps its own columns. It takes G times the arithmetic,
 but in few large kernels with fixed shapes, which a CUDA graph can capture. For decoding, which is bound by reading weights.
@@ -19,8 +20,8 @@ Packed (packs.py): as Masked, for a CPU in bf16, with weights in oneDNN's layout
 InTurn: one route for the first tokens and another one for the rest. Decoding rows would be many ranges of one token, while the
 prompts after them are a few long ranges.
 
-BySlot: each row reads only its own adapter, in Triton kernels, for decoding on a GPU. Few rows are computed one by one
-(slot_kernels.py), more rows in tiles sorted by slot (slot_tile_kernels.py).
+BySlot: each token reads only its own adapter, in Triton kernels, for serving on a GPU. Few rows are computed one by one
+(slot_kernels.py), more rows and prompts in tiles sorted by slot (slot_tile_kernels.py).
 
 Dropped: wraps another route in training, and applies a separate dropout to each adapter's tokens.
 

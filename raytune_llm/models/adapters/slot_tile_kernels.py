@@ -1,4 +1,5 @@
-"""The Triton kernels of `slot_products` for many rows: the adapters' part of decoding rows, one tile of rows per program.
+"""The Triton kernels of `slot_products` for many rows: the adapters' part of decoding rows and of prompts, one tile of rows per
+program.
 
 Rows are sorted by slot, so that a tile has few different slots. For each of these, the tile's rows are multiplied by the slot's
 matrix, which is read once. Sums are in float32. For few rows, slot_kernels.py is faster.
@@ -7,7 +8,7 @@ matrix, which is read once. Sums are in float32. For few rows, slot_kernels.py i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,9 +17,22 @@ from torch import Tensor
 
 from raytune_llm.models.adapters.slot_kernels import TOGETHER
 
-ROWS, INPUTS, STEP, OUTPUTS, WARPS = 16, 256, 128, 256, 4
-"""The rows of a tile, the inputs that one program handles, the inputs per iteration, the outputs of one program, and its
-warps."""
+
+class Tiles(NamedTuple):
+    rows: int
+    """The rows of a tile."""
+    inputs: int
+    """The inputs that one program handles."""
+    step: int
+    """The inputs per iteration."""
+    outputs: int
+    """The outputs of one program."""
+    warps: int
+
+
+MANY_ROWS = 1024
+SMALL, LARGE = Tiles(16, 256, 128, 256, 4), Tiles(32, 2048, 128, 128, 4)
+"""Up to MANY_ROWS rows, small tiles, since large ones would be too few programs; above it, large ones, which read less twice."""
 
 
 def products(
@@ -27,25 +41,26 @@ def products(
     """out + (x @ a[slot].T) @ b[slot] for each layer. a: [G, R, K] and b: [G, R, O] of each layer, contiguous. Slot -1 adds
     nothing. `outs` may be columns of one tensor. order_T: row indices sorted by slot."""
     (T, K), R, L = x_TK.shape, a[0].shape[1], len(outs)
-    pieces, tiles, more = triton.cdiv(K, INPUTS), triton.cdiv(T, ROWS), TOGETHER - L
+    tile = SMALL if T <= MANY_ROWS else LARGE
+    pieces, tiles, more = triton.cdiv(K, tile.inputs), triton.cdiv(T, tile.rows), TOGETHER - L
     low = x_TK.new_empty((T, L, pieces, R), dtype=torch.float32)
     into = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in outs]
     widths = [out.shape[1] for out in outs]
-    blocks = [triton.cdiv(width, OUTPUTS) for width in widths]
-    common = {"L": L, "R": R, "RANK": max(16, triton.next_power_of_2(R)), "PIECES": pieces, "ROWS": ROWS, "num_warps": WARPS}
-    common["EXACT"] = x_TK.dtype == torch.float32
+    blocks = [triton.cdiv(width, tile.outputs) for width in widths]
+    common = {"L": L, "R": R, "RANK": max(16, triton.next_power_of_2(R)), "PIECES": pieces, "ROWS": tile.rows}
+    common |= {"EXACT": x_TK.dtype == torch.float32, "num_warps": tile.warps}
     narrow: Any = _narrow
-    narrow[(tiles, L, pieces)](x_TK, slot_T, order_T, low, *a, *[a[0]] * more, T, K, INPUTS=INPUTS, STEP=STEP, **common)
+    narrow[(tiles, L, pieces)](x_TK, slot_T, order_T, low, *a, *[a[0]] * more, T, K, INPUTS=tile.inputs, STEP=tile.step, **common)
     wide: Any = _wide
     wide[(tiles, sum(blocks))](
         low, slot_T, order_T, *into, *[into[0]] * more, *outs, *[outs[0]] * more, *b, *[b[0]] * more,
         *widths, *[0] * more, *(blocks + [0] * more)[:2], *[out.stride(0) for out in outs], *[0] * more, T,
-        OUTPUTS=OUTPUTS, **common,
+        OUTPUTS=tile.outputs, **common,
     )  # fmt: skip
     return into
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # compiled once for steps of any length
 def _narrow(
     x, slots, order, low, a0, a1, a2, T, K, L: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr,
     ROWS: tl.constexpr, EXACT: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.constexpr,
@@ -76,7 +91,7 @@ def _narrow(
     tl.store(to, total, mask=(slot[:, None] >= 0) & (r[None, :] < R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # compiled once for steps of any length
 def _wide(
     low, slots, order, into0, into1, into2, out0, out1, out2, b0, b1, b2, width0, width1, width2, blocks0, blocks1,
     stride0, stride1, stride2, T, L: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from raytune_llm.models import few_rows_kernels
+from raytune_llm.models import few_rows_kernels, fused_kernels
 from raytune_llm.models.adapters import slot_kernels, slot_tile_kernels
 from raytune_llm.models.adapters.routes import _by_row
 from raytune_llm.models.attention.decode_step import StepNumbers
@@ -45,12 +47,14 @@ def paged_decode() -> None:
 
 def slot_products() -> None:
     torch.manual_seed(0)
+    slot_tile_kernels.MANY_ROWS = 50  # so that the last case has large tiles
     for rows, inputs, rank, widths in (
         (5, 40, 8, (24,)),
         (5, 3000, 8, (700, 40)),
         (5, 64, 16, (64, 32, 32)),
         (5, 2100, 24, (33, 1030, 5)),
         (40, 600, 8, (300, 100, 64)),
+        (70, 600, 8, (300, 40)),
     ):
         x, slots = torch.randn(rows, inputs), torch.randint(-1, 3, (rows,), dtype=torch.int32)
         slots[1] = -1
@@ -81,5 +85,25 @@ def few_rows() -> None:
         print("equal", rows, outputs, inputs)
 
 
+def fused() -> None:
+    torch.manual_seed(0)
+    for rows, heads, head, width in ((3, 4, 16, 96), (1, 1, 8, 64), (9, 7, 24, 1030), (5, 2, 128, 600)):
+        x, weight = torch.randn(1, rows, width), torch.randn(width)
+        expected = F.rms_norm(x, (width,), weight, 1e-5)
+        torch.testing.assert_close(fused_kernels.norm(x, weight, 1e-5), expected, rtol=1e-5, atol=1e-5)
+        whole = torch.randn(rows, 2 * width)
+        gate, up = whole.split(width, dim=1)
+        torch.testing.assert_close(fused_kernels.gated(gate, up), F.silu(gate) * up, rtol=1e-5, atol=1e-5)
+        query, key, _ = torch.randn(1, rows, (heads + 2) * head).split([heads * head, head, head], dim=-1)
+        query, key = (x.view(1, rows, -1, head).transpose(1, 2) for x in (query, key))
+        cos, sin = torch.randn(1, rows, head), torch.randn(1, rows, head)
+        expected = apply_rotary_pos_emb(query, key, cos, sin)
+        for x, rotated in zip((query, key), expected, strict=True):
+            fused_kernels.rotate_(x[0], cos[0], sin[0])
+            torch.testing.assert_close(x, rotated, rtol=1e-5, atol=1e-5)
+        print("equal", rows, heads, head, width)
+
+
 if __name__ == "__main__":
-    {"paged_decode": paged_decode, "slot_products": slot_products, "few_rows": few_rows}[sys.argv[1]]()
+    kernels = {"paged_decode": paged_decode, "slot_products": slot_products, "few_rows": few_rows, "fused": fused}
+    kernels[sys.argv[1]]()

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
-@pytest.mark.parametrize("kernel", ["paged_decode", "slot_products", "few_rows"])
+@pytest.mark.parametrize("kernel", ["paged_decode", "slot_products", "few_rows", "fused"])
 def test_a_kernel_equals_its_plain_twin(kernel):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     script = Path(__file__).with_name("interpreted.py")
