@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S, CONNECTS_WITHIN_S = 1.0, 5.0
 SAID_AFTER_S = 5.0
 PATIENCE_S = 25.0
-"""How long a head may not answer: it may be started again. Ray aborts the process after 60 s
-(RAY_gcs_rpc_server_reconnect_timeout_s)."""
+"""How long a head may not answer: it may be started again. Where Ray itself waits longer than usual, so does the watch."""
+RAYS_PATIENCE, RAYS_PATIENCE_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
+"""After this time, Ray aborts the process."""
 ENDS_WITHIN_S = 20.0
 """How long the main thread may take to end. A call of Ray that waits for the head doesn't notice signals."""
 SHOW_CURSOR = "\x1b[?25h"
@@ -60,6 +61,7 @@ class HeadWatch:
     def __init__(self, then: str) -> None:
         self.lost: HeadLost | None = None
         self._then = then
+        self._patience_s = PATIENCE_S + max(0.0, float(os.environ.get(RAYS_PATIENCE, RAYS_PATIENCE_S)) - RAYS_PATIENCE_S)
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="head", daemon=True).start()
 
@@ -84,13 +86,13 @@ class HeadWatch:
                 continue
             hushed = hushed or hush()
             silent_s = time.monotonic() - answered
-            if silent_s > PATIENCE_S:
+            if silent_s > self._patience_s:
                 self._end(self._lost(address))
                 return
             if silent_s > SAID_AFTER_S and not said:
                 said = True
                 log.warning(
-                    "waiting for the head of the cluster, which does not answer at %s, for up to %g s", address, PATIENCE_S
+                    "waiting for the head of the cluster, which does not answer at %s, for up to %g s", address, self._patience_s
                 )
 
     def _lost(self, address: str) -> HeadLost:

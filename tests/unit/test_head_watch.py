@@ -46,6 +46,14 @@ def test_a_head_that_comes_back_in_time_ends_nothing(head):
         time.sleep(0.6)
 
 
+def test_where_ray_waits_longer_for_a_head_the_command_does_too(head, caplog, monkeypatch):
+    head(lambda address: False)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "60.5")
+    with pytest.raises(HeadLost), ends_without_head("resumes"):
+        threading.Event().wait(30)
+    assert caplog.messages == [f"waiting for the head of the cluster, which does not answer at {HEAD}, for up to 0.8 s"]
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_what_fails_since_the_head_is_gone_says_that_and_a_mistake_stays_one(head, answers):
     head(lambda address: answers)
