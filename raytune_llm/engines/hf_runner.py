@@ -188,20 +188,28 @@ class HFRunner:
     def read_adapter(self, folder: Path) -> tuple[Copied, int]:
         refuse_separate_head(folder, "the adapter")
         copied = Copied(folder)
-        config = read_config(copied.path, "the adapter")
+        try:
+            self._check(copied.path)
+            return copied, rank_of(copied.path, "the adapter")
+        except ConfigError as error:
+            got = str(folder) if error.got == copied.path else error.got
+            raise ConfigError(error.setting, error.rule, got=got, fix=error.fix, instead=error.instead) from error
+
+    def _check(self, path: str) -> None:
+        """Raises ConfigError for an adapter that doesn't fit the model, or that would change it for others."""
+        config = read_config(path, "the adapter")
         start = getattr(config, "init_lora_weights", True)
         if changes_the_base(start) or getattr(config, "layer_replication", None):
             what = f"init_lora_weights={start}" if changes_the_base(start) else "layer_replication"
             rule = f"must leave the base as it is, which others use too, and {what} changes it"
-            raise ConfigError("the adapter", rule, got=str(folder), fix="Merge it into its base by `export`.")
+            raise ConfigError("the adapter", rule, got=path, fix="Merge it into its base by `export`.")
         with self._checking:
             try:
-                self._checked_on.add("tried", SavedAdapter(path=copied.path, setting="the adapter"))
+                self._checked_on.add("tried", SavedAdapter(path=path, setting="the adapter"))
                 self._checked_on.remove("tried")
             except Exception:
                 self._checked_on = self._weightless()  # PEFT may have put a part of it into the layers
                 raise
-        return copied, rank_of(copied.path, "the adapter")
 
     def _forward(self, row: Row, start: int, stop: int) -> Tensor:
         """float32 [V]: logits after the row's tokens up to `stop`, of which those before `start` are in its cache."""

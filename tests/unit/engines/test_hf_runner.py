@@ -142,7 +142,7 @@ def test_a_bad_adapter_is_refused_and_the_engine_goes_on(tmp_path: Path):
             {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
         ]  # fmt: skip
         for bad in (other, truncated, tmp_path / "nothing", *(altered(tmp_path / str(n), one) for n, one in enumerate(changed))):
-            with pytest.raises(UserError):
+            with pytest.raises(UserError, match=str(bad)):
                 engine.add_adapter("bad", bad)
         good = save_adapter("llama", tmp_path / "good", 1)
         engine.add_adapter("good", good)
