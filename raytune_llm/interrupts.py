@@ -22,6 +22,14 @@ def terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def interrupt_main_thread() -> None:
+    """Raise KeyboardInterrupt in the main thread, from another one. A command in the background of a script ignores SIGINT;
+    it gets SIGTERM. Nothing is raised if neither has a handler."""
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    if handled:
+        signal.pthread_kill(threading.main_thread().ident or 0, handled[0])
+
+
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """Within this context, SIGTERM raises Terminated in the main thread."""

@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.errors import ConfigError, ResourceError, RunLost
+from raytune_llm.interrupts import interrupt_main_thread
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.storage import no_space_in
 
@@ -212,7 +212,7 @@ class Ownership:
             if holder.get("token", self._mine["token"]) != self._mine["token"]:
                 self._taken_by = holder
                 if main:
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    interrupt_main_thread()
                 return
             with suppress(OSError, ResourceError):  # the storage may not answer for a moment
                 if holder:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from raytune_llm.errors import ConfigError, ResourceError, RunLost
+from raytune_llm.interrupts import sigterm_raises
 from raytune_llm.runs import owner
 from raytune_llm.runs.owner import LOCK, STALE_AFTER_S, owned
 from raytune_llm.runs.remote_output import check_writable
@@ -127,10 +129,13 @@ def wait_for(seen: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 def test_an_owner_whose_folder_another_host_took_ends_as_one_that_can_be_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A script's shell lets commands in the background ignore SIGINT."""
     monkeypatch.setattr(owner, "RENEWED_EVERY_S", 0.02)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
     done = []
 
     def work() -> None:
@@ -139,8 +144,11 @@ def test_an_owner_whose_folder_another_host_took_ends_as_one_that_can_be_started
             wait_for(lambda: False)
             done.append("more work")
 
-    with pytest.raises(RunLost, match="process 1 on elsewhere has taken") as lost:
-        work()
+    try:
+        with sigterm_raises(), pytest.raises(RunLost, match="process 1 on elsewhere has taken") as lost:
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not done, "it ends in the middle"
     assert lost.value.exit_code == 1
     assert json.loads((tmp_path / LOCK).read_text()) == ELSEWHERE, "it is the other's"
