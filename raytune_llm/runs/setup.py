@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_upd
         seed=run.train.seed,
         pad_id=reads.pad_id,
     )
-    return Setup(
+    setup = Setup(
         run=run,
         device=builder.device,
         rank=builder.rank,
@@ -184,6 +184,7 @@ def complete(run: TrainRun, reads: Reads, builder: Builder, built: Built, on_upd
         held_out={source: loader(samples, shuffle=False) for source, samples in stores.held_out.items()},
         choices=(*built.choices, *enricher_choices, *_data_choices(run, reads)),
     )
+    return replace(setup, choices=(*setup.choices, *_schedule_choices(setup.loop_settings())))
 
 
 def _enrichers(
@@ -227,6 +228,11 @@ def _data_choices(run: TrainRun, reads: Reads) -> Iterator[str]:
         yield from kind.remarks(stores.train.store)
     if run.data.evaluates and not stores.held_out:
         yield f"evaluation: none, since data.eval_fraction={run.data.eval_fraction} of these rows is no row"
+
+
+def _schedule_choices(settings: loop.LoopSettings) -> Iterator[str]:
+    if settings.total_steps == 1 and settings.learning_rate(0) == 0:
+        yield "learning rate: 0 in the only step, which is the warm-up: nothing is learned (schedule.warmup_ratio=0 has none)"
 
 
 def steps_at(part: float, steps: int) -> int:

@@ -71,7 +71,7 @@ def _curves(axes: Any, trials: list[Trial], colors: dict[int, Any], best: Any, s
         axes.set_yscale("log")
     axes.set_title("each trial (x: stopped early)", loc="left", fontsize=10, color=INK)
     axes.set_xlabel("step", color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylabel(study.metric.name, color=INK)
     _quiet(axes)
 

@@ -72,3 +72,12 @@ def test_so_many_rows_are_held_out_as_eval_rows_says(made):
     assert sum(len(batch.rows) for step in held_out.epoch(0) for batch in step.batches) == 5
     with pytest.raises(ConfigError, match=r"data\.eval_rows must leave rows to train on, of which there are 12, got 12"):
         made("stage=orpo", "data.packing=false", "data.eval_fraction=0", "data.eval_rows=12")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "learns"),
+    [(["train.max_steps=1"], False), (["train.max_steps=1", "schedule.warmup_ratio=0"], True), (["train.max_steps=2"], True)],
+)
+def test_a_run_whose_only_step_is_the_warm_up_says_that_nothing_is_learned(made, overrides, learns):
+    setup = made("stage=orpo", "data.packing=false", *overrides)
+    assert any("nothing is learned" in choice for choice in setup.choices) != learns
