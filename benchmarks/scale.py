@@ -41,6 +41,7 @@ from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import Store
 from raytune_llm.data.streaming import Stream
 from raytune_llm.report.metrics import JsonLines, read_metrics
+from raytune_llm.train.checkpoint_writer import PART_BYTES, PARTS
 
 PLACES = 4
 """Processes that stand for the workers."""
@@ -142,7 +143,7 @@ def run_on(gpus: int, costs: dict[str, float]) -> dict[str, float]:
         "open_seconds": num_shards * costs["open_us_of_a_shard"] / 1e6,
         "memory_maps": num_shards * costs["maps_of_a_shard"],
         "checkpoint_bytes": state,
-        "checkpoint_files": gpus + 3,
+        "checkpoint_files": gpus * max(1, min(PARTS, int(state / gpus) // PART_BYTES)) + 3,
         "checkpoint_metadata_bytes": costs["metadata_bytes"] + gpus * costs["metadata_bytes_of_a_worker"],
         "checkpoint_write_seconds": written_s,
         "checkpoint_hash_seconds": hashed_s,

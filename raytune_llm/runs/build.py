@@ -205,8 +205,11 @@ class Builder:
             # transformers imports DeepSpeed, if it is installed, to save any model; this avoids its warning on a host without GPU
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.device.type == "cuda":
-            # Memory segments that grow in place, so that changing sizes leave no gaps. torch reads it at the first allocation.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+            # Memory segments that grow in place, so that changing sizes leave no gaps. Host memory is page-locked by several
+            # threads, after they touched it: CUDA alone takes longer, and meanwhile no kernel starts. torch reads this at the
+            # first allocation.
+            settings = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", settings)
         if self.compiled:
             # The default folder is in /tmp, which a restart of the machine empties.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -32,7 +32,8 @@ from raytune_llm.byte_size import in_units
 from raytune_llm.errors import DataError, ResourceError, RunLost
 from raytune_llm.storage import away_in, causes, no_space_in, patient
 from raytune_llm.train import checkpoint_files
-from raytune_llm.train.checkpoint_files import FORMAT_VERSION, hash_of, path_of, state_files, write_document
+from raytune_llm.train.checkpoint_files import FORMAT_VERSION, path_of, write_document
+from raytune_llm.train.checkpoint_writer import StateWriter
 from raytune_llm.train.progress import Progress
 from raytune_llm.train.staging import Staging
 
@@ -54,8 +55,8 @@ class Place(Protocol):
         hashes already."""
         ...
 
-    def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
-        """Store the files of a new checkpoint that this machine holds. Returns this worker's share of the files, to be hashed."""
+    def keep(self, step: int, files: Sequence[Path]) -> None:
+        """Store the files of a new checkpoint's state that this worker wrote."""
         ...
 
     def begin(self, step: int) -> None:
@@ -93,8 +94,8 @@ class SharedFolder:
     def fetch(self, step: int, *, checked: bool = False) -> str | None:
         return None
 
-    def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
-        return files[rank::world]
+    def keep(self, step: int, files: Sequence[Path]) -> None:
+        return
 
     def begin(self, step: int) -> None:
         checkpoint_files.begin(self._folder, step)
@@ -141,6 +142,8 @@ class Checkpoints:
         self.wait()
         document = {"format_version": FORMAT_VERSION, **asdict(progress), **identity}
         if self._pool is None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the writer's threads have streams of their own
             self._write(dict(state), progress.step, progress.best_step, document)
         else:
             self._writing = self._pool.submit(self._write, self._staging.copy(state), progress.step, progress.best_step, document)
@@ -222,12 +225,15 @@ class Checkpoints:
     def _write(self, state: dict[str, Tensor], step: int, best_step: int | None, document: Mapping[str, Any]) -> None:
         what = f"checkpoint step-{step} can't be written to {self.folder}"
         try:
+            self._staging.wait()
             if self.rank == 0:
                 self._place.begin(step)
             if self._group is not None:
                 dist.barrier(self._group)
-            _write_state(path_of(self.folder, step) / "state", state, self._group)
-            hashes = self._hashes(step)
+            folder = path_of(self.folder, step) / "state"
+            written = _write_state(folder, state, self._group)
+            self._place.keep(step, [folder / name for name in written])
+            hashes = self._of_all(written)
             if self.rank == 0:
                 write_document(self.folder, step, document, hashes)
                 self._place.complete(step)
@@ -249,14 +255,11 @@ class Checkpoints:
                 ) from error
             raise
 
-    def _hashes(self, step: int) -> dict[str, str]:
-        """Hashes of all files; each worker hashes its share. Collective over all workers, after all have written."""
-        rank, world = (self.rank, dist.get_world_size(self._group)) if self._group is not None else (0, 1)
-        files = self._place.keep(step, state_files(self.folder, step), rank, world)
-        mine = {path.name: hash_of(path) for path in files}
+    def _of_all(self, mine: dict[str, str]) -> dict[str, str]:
+        """The hashes of all workers' files. Collective over all workers, after all have kept their files."""
         if self._group is None:
             return mine
-        found: list[dict[str, str]] = [{} for _ in range(world)]
+        found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(self._group))]
         dist.all_gather_object(found, mine, group=self._group)
         return {name: digest for part in found for name, digest in part.items()}
 
@@ -267,11 +270,13 @@ class Checkpoints:
 
 
 @patient("can't be written")
-def _write_state(folder: Path, state: dict[str, Tensor], group: Any) -> None:
-    """Write the state; collective over the group. torch reports one worker's failure to all, so that all retry together."""
+def _write_state(folder: Path, state: dict[str, Tensor], group: Any) -> dict[str, str]:
+    """Write the state, and return the hashes of the files that this worker wrote. Collective over the group. torch reports one
+    worker's failure to all, so that all retry together."""
     with one_process_is_meant():
-        writer = FileSystemWriter(folder, single_file_per_rank=True)
+        writer = StateWriter(folder)
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+    return writer.hashes
 
 
 @patient("can't be read")

@@ -166,11 +166,6 @@ def begin(folder: Path, step: int) -> None:
     path_of(folder, step).mkdir(parents=True)
 
 
-@patient("can't be read")
-def state_files(folder: Path, step: int) -> list[Path]:
-    return sorted((path_of(folder, step) / "state").iterdir())
-
-
 @patient("can't be written")
 def write_document(folder: Path, step: int, document: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
     (path_of(folder, step) / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))

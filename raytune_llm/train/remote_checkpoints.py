@@ -19,7 +19,6 @@ from raytune_llm.object_store import RemoteFolder
 from raytune_llm.train.checkpoint_files import (
     COMPLETE,
     FILES,
-    METADATA,
     PROGRESS,
     STEP,
     begin,
@@ -86,11 +85,9 @@ class RemoteCheckpoints:
             (place / COMPLETE).write_text(seen)
         return None
 
-    def keep(self, step: int, files: Sequence[Path], rank: int, world: int) -> Sequence[Path]:
+    def keep(self, step: int, files: Sequence[Path]) -> None:
         """Upload the files of the state that this worker wrote."""
-        mine = [path for path in files if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == METADATA)]
-        self._remote.upload(self._folder, [f"step-{step}/state/{path.name}" for path in mine])
-        return mine
+        self._remote.upload(self._folder, [f"step-{step}/state/{path.name}" for path in files])
 
     def begin(self, step: int) -> None:
         self.remove(step)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemWriter
 
 from raytune_llm import storage
 from raytune_llm.errors import DataError, RunLost
 from raytune_llm.train import checkpoint, checkpoint_files
 from raytune_llm.train.checkpoint import Checkpoints, _raise_interrupt
 from raytune_llm.train.checkpoint_files import PROGRESS, complete_steps, newest_sound, path_of, read_progress, sweep
+from raytune_llm.train.checkpoint_writer import StateWriter
 from raytune_llm.train.progress import Progress
 from raytune_llm.train.staging import Staging
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_another_format_is_refused(checkpoints, tmp_path, versio
         newest_sound(tmp_path)
 
 
-class AwayFor(FileSystemWriter):
+class AwayFor(StateWriter):
     """Of torch's writer, fails so often, as a network file system whose server starts again."""
 
     left = 0
@@ -94,7 +94,7 @@ def save_while_away(folder: Path, times: int) -> None:
     """On rank 1, where there are two, or here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "PAUSES_S", (0.0,) * 4)
-        patch.setattr(checkpoint, "FileSystemWriter", AwayFor)
+        patch.setattr(checkpoint, "StateWriter", AwayFor)
         patch.setattr(Path, "touch", touch_that_fails(min(times, 4)))
         checkpoints = Checkpoints(folder, keep=2, asynchronous=False)
         AwayFor.left = times if not dist.is_initialized() or dist.get_rank() == 1 else 0
