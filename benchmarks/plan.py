@@ -65,6 +65,7 @@ ADAPTERS = {
 OPTIMIZERS = {
     "adafactor": [], "adam_mini": [], "adamw_8bit": [], "adamw_bf16": [], "apollo": [], "apollo_mini": [], "badam": [],
     "galore": ["optimizer.rank=32"], "lion": [], "muon": [], "schedule_free": ["schedule=constant"], "sgd": [],
+    "lomo": ["train.max_grad_norm=null"], "adalomo": ["train.max_grad_norm=null"],
 }  # fmt: skip
 STAGES = {
     "pretrain": "text", "dpo": "chat_pairs", "orpo": "chat_pairs", "simpo": "chat_pairs", "cpo": "chat_pairs",
