@@ -14,9 +14,9 @@ from hydra.errors import HydraException
 from yaml import YAMLError
 
 from raytune_llm.config.options import options
-from raytune_llm.config.plain import as_text
+from raytune_llm.config.plain import as_text, typed_object
 from raytune_llm.config.space import Choice, Interval, Values, check_length
-from raytune_llm.errors import ConfigError
+from raytune_llm.errors import NOT_YAML, ConfigError
 
 SEVERAL = r"(choice|range|interval|tag|glob|sort|shuffle|int|float|str|bool)\("
 """Hydra's functions with which a value that stands for several begins."""
@@ -191,11 +191,10 @@ def _unwritable(value: str) -> str | None:
     """A regular expression as a key of an object (not of a text in braces) that can't be written in Hydra's grammar. Other such
     keys are left to settings that also take a text, as model.new_tokens does."""
     try:
-        node = yaml.load(value, yaml.BaseLoader) if value.startswith("{") else None
-    except YAMLError:
+        named = typed_object(value) or {}
+    except NOT_YAML:
         return None
-    named = node if isinstance(node, dict) else {}
-    return next((key for key, item in named.items() if item != "" and ANCHOR in key), None)
+    return next((str(key) for key, item in named.items() if item is not None and ANCHOR in str(key)), None)
 
 
 def _escaped(key: str) -> str:

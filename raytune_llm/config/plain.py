@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,6 +39,12 @@ def read_yaml(path: Path, *, setting: str) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ConfigError(setting, "must be a YAML file with key: value lines", got=str(path))
     return {str(key): value for key, value in read.items()}
+
+
+def typed_object(text: str) -> dict[Any, Any] | None:
+    """The object {key: value} that a user typed as the value of a setting; None for a text that does not begin with a brace.
+    Raises one of NOT_YAML for other texts in braces."""
+    return yaml.safe_load(text) if text.startswith("{") else None
 
 
 def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.paths import expanded
+from raytune_llm.config.plain import typed_object
 from raytune_llm.errors import NOT_YAML, ConfigError, first_line
 
 SETTING = "model.new_tokens"
@@ -61,8 +62,8 @@ def _read(given: str) -> list[str] | dict[str, str]:
 
 
 def _content(given: str) -> Any:
-    if given.startswith("{"):
-        return yaml.safe_load(given)
+    if (typed := typed_object(given)) is not None:
+        return typed
     file = expanded(given)
     text = file.read_text(encoding="utf-8")
     return yaml.safe_load(text) if file.suffix in (".yaml", ".yml", ".json") else text.splitlines()
