@@ -235,6 +235,8 @@ def memory_per_gpu(
     layer = tokens * _layer_bytes(
         d, compute, trains_all=trains_layers, wide_norms=states.wide_norms, dropout=dropout, adapter=adapter, compiled=compiled
     )
+    if adapter.multiplied and kept_layers:
+        layer += tokens * _multiplied_bytes(parameters.trained_shapes, compute) // kept_layers
     inputs = tokens * compute * d.hidden * (0 if kept == 1 else min(kept_layers, IN_FLIGHT) if inputs_leave else kept_layers)
     # Gradients of the MLP's product and of its two factors, and of the input of a norm in float32.
     backward = tokens * (3 * compute * d.intermediate + 2 * FP32 * d.hidden)
@@ -279,10 +281,16 @@ def _layer_bytes(
     converts = wide_norms or (adapter.converts and compute < FP32)
     inputs = compute * ((5 if converts else 2) * d.hidden + (0 if product_again else d.intermediate)) if adapter.inputs else 0
     if adapter.converts and compute < FP32:
-        inputs += compute * (d.query if adapter.inputs else d.intermediate)
+        inputs += compute * d.query
     if dropout:
         inputs += (compute + 1) * ((5 if adapter.alone else 2) * d.hidden + d.query + d.intermediate)
     return norms + attention + mlp + inputs + outputs
+
+
+def _multiplied_bytes(trained: Sequence[TrainedShape], compute: int) -> int:
+    """Bytes per token, in all layers, of the outputs [N, 1] and the inputs [1, K] that trained vectors multiply."""
+    vectors = [one.shape for one in trained if one.layer is not None and len(one.shape) == 2 and 1 in one.shape]
+    return sum(compute * outputs if inputs == 1 else FP32 * inputs for outputs, inputs in vectors)
 
 
 def quantized_bytes(parameters: Parameters, compute: int, quantization: Quantization | None) -> int:

@@ -26,7 +26,5 @@ def check(layers: Layers, *, scaled_inputs: list[str]) -> None:
         raise ConfigError("adapter.scaled_inputs", "must name some of adapter.targets", got=unknown, fix="Add them there.")
 
 
-KEPT = Kept(alone=True, inputs=False, outputs=0.25, converts=True)
-"""The vectors' gradients need the base layer's output for keys and values, and the input of the MLP's last layer, in
-float32."""
+KEPT = Kept(alone=True, inputs=False, multiplied=True)
 IA3 = Method(config=ia3, describes=describes, check=check, kept=KEPT)

@@ -47,6 +47,9 @@ class Kept:
     """The number of saved elements per element of all linear layers' outputs."""
     converts: bool = False
     """Whether each layer saves its own converted copy of the input."""
+    multiplied: bool = False
+    """Whether trained vectors multiply outputs [N, 1], which are saved as they are, and inputs [1, K], which are saved in
+    float32."""
     drops_inputs: bool = True
     """Whether adapter.dropout applies to the input."""
 
@@ -62,7 +65,8 @@ class Method:
     check: Callable[..., None]
     """(layers, **settings): raises ConfigError if the settings don't fit one of the layers."""
     continues: Callable[[PeftConfig, Layered], None] = lambda saved, section: None
-    """(config of a saved adapter of this method, section): raises ConfigError if the section contradicts the config."""
+    """(config of a saved adapter of this method, section): sets the section's dropout. Raises ConfigError if the section
+    contradicts the config."""
     begin: Callable[[nn.Module, str, Quantization | None], None] = lambda model, key, quantization: None
     """(model, PEFT's name of the adapter, quantization to come): initializes a new adapter once it is in the layers."""
     placed: Callable[[nn.Module, str], None] = lambda model, key: None

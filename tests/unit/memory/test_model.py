@@ -182,13 +182,12 @@ def one_document(tokens: int) -> Batch:
 
 
 def bytes_kept_for_backward(policy: nn.Module, batch: Batch) -> int:
-    """Distinct storages of floats that the graph saves, without the weights and their converted copies."""
-    weights = {parameter.numel() for parameter in policy.parameters()}
+    """Distinct storages of floats that the graph saves for each token, so without weights and what is computed of these."""
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if tensor.dtype != torch.int64 and storage.nbytes() // tensor.element_size() not in weights:
+        if tensor.dtype != torch.int64 and batch.ids_BT.numel() in tensor.shape:
             kept[storage.data_ptr()] = storage
         return tensor
 
