@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from raytune_llm import packaged
@@ -267,6 +268,12 @@ class Source:
         return tokenizer.pad_token_id
 
 
+def _transposed(source: Source, adapter: Mergeable) -> frozenset[str]:
+    """The adapter's layers whose weights are [inputs, outputs]."""
+    modules = dict(source.empty_model().named_modules()) if adapter.of_conv1d else {}
+    return frozenset(layer for layer in adapter.layers if isinstance(modules.get(layer), Conv1D))
+
+
 def _with(adapter: Mergeable, name: str, value: Tensor) -> Tensor | None:
     """The weight or bias with this adapter merged; None if the adapter does not change it."""
     if name in adapter.wholes:
@@ -415,7 +422,7 @@ def _check(source: Source, *, merges: bool) -> None:
                     adapter.setting, f"must be an adapter that can be merged: {layer} {what}", got=adapter.folder, fix=fix
                 )
         facts = {layer: source.fact_of(f"{layer}.weight") for layer in adapter.layers}
-        adapter.fit({layer: fact.shape for layer, fact in facts.items() if fact is not None})
+        adapter.fit({layer: fact.shape for layer, fact in facts.items() if fact is not None}, _transposed(source, adapter))
         if adapter.has_experts:
             adapter.fit_experts(source.empty_model(), {name: fact.shape for name, fact in source.facts.items()})
         for name in adapter.wholes:

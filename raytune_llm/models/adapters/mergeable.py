@@ -46,8 +46,6 @@ class Mergeable:
         """Raises ConfigError if the folder has no adapter, or one that can't be merged."""
         self.folder, self.setting = folder, setting
         self._config: Any = read_config(folder, setting)
-        if getattr(self._config, "fan_in_fan_out", False):
-            raise ConfigError(setting, "must be of linear layers, to be merged from files", got=folder)
         if getattr(self._config, "lora_bias", None):
             raise ConfigError(setting, "must not have lora_bias, to be merged from files", got=folder)
         self._parameters: Sequence[str] = getattr(self._config, "target_parameters", None) or ()
@@ -58,6 +56,8 @@ class Mergeable:
         self._keys: dict[str, list[str]] = defaultdict(list)
         self._shapes: dict[str, Sequence[int]] = {}
         """Layer -> [O, K], the shape of its weight in the base. Set by `fit`."""
+        self._transposed: frozenset[str] = frozenset()
+        """Layers of transformers' class Conv1D, whose weights are [K, O] in the base. Set by `fit`."""
         self._expert_keys: dict[str, str] = {}
         """Tensors of adapters on experts: the name in PEFT's model of the base -> the name in the file."""
         self._experts: MergedExperts | None = None
@@ -115,6 +115,11 @@ class Mergeable:
         return frozenset((*wholes, *(f"{layer}.weight" for layer in self._keys)))
 
     @property
+    def of_conv1d(self) -> bool:
+        """Whether it may be on layers of transformers' class Conv1D (GPT-2), whose weights are [K, O]."""
+        return bool(getattr(self._config, "fan_in_fan_out", False))
+
+    @property
     def scores(self) -> bool:
         """Whether it is a reward model's adapter."""
         return self._config.task_type == "SEQ_CLS"
@@ -141,9 +146,11 @@ class Mergeable:
     def whole(self, name: str) -> Tensor:
         return self._read([self.wholes[name]])[self.wholes[name]]
 
-    def fit(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Set the base's shapes. shapes: layer -> [O, K] of its weight. Raises ConfigError if LoRA's matrices don't fit them,
-        according to the file's header."""
+    def fit(self, shapes: Mapping[str, Sequence[int]], transposed: frozenset[str] = frozenset()) -> None:
+        """Set the base's shapes. shapes: layer -> [O, K] of its weight; [K, O] for those in `transposed`. Raises ConfigError if
+        LoRA's matrices don't fit them, according to the file's header."""
+        self._transposed = transposed
+        shapes = {layer: shape[::-1] if layer in transposed else shape for layer, shape in shapes.items()}
         with safe_open(self._file, framework="pt") as file:
             for layer, keys in self._keys.items():
                 for part, axis, what in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
@@ -176,12 +183,14 @@ class Mergeable:
 
     @torch.no_grad()
     def merged(self, name: str, value: Tensor) -> Tensor:
-        """The merged weight [O, K] or bias [O] of a layer, or the merged weight of experts, in float32."""
+        """The merged weight or bias of a layer, or the merged weight of experts, in float32."""
         if self._experts is not None and name in self._experts.names:
             return self._experts.merged(name, value, self._read_of_experts)
         layer, _, part = name.rpartition(".")
-        adapted = self._adapted(layer, {part: value.to(torch.float32, copy=True)})
-        return adapted.merge_and_unload().get_submodule(layer).get_parameter(part).data
+        turns = part == "weight" and layer in self._transposed
+        adapted = self._adapted(layer, {part: (value.T if turns else value).to(torch.float32, copy=True)})
+        merged = adapted.merge_and_unload().get_submodule(layer).get_parameter(part).data
+        return merged.T.contiguous() if turns else merged
 
     def low_rank(self, name: str) -> LowRank | None:
         """What it adds to a weight that it changes; None where it does more than to add a product."""
@@ -192,6 +201,8 @@ class Mergeable:
         if type(one) is not Linear or KEY in one.lora_variant:
             return None
         a_RK, b_OR = (half[KEY].get_parameter("weight").data.float() for half in (one.lora_A, one.lora_B))
+        if layer in self._transposed:
+            return LowRank(a_RK.T, one.scaling[KEY] * b_OR.T)
         return LowRank(one.scaling[KEY] * b_OR, a_RK)
 
     def _adapted(self, layer: str, own: Mapping[str, Tensor]) -> PeftModel:
@@ -230,6 +241,8 @@ class Mergeable:
         config = copy.deepcopy(self._config)
         config.task_type, config.modules_to_save, config.base_model_name_or_path = None, None, None
         config.trainable_token_indices = None
+        if self.of_conv1d:
+            config.fan_in_fan_out = False  # the layer alone is a linear one
         if self._parameters:
             config.target_parameters = None
         config.inference_mode, config.save_projection = False, False  # the projections are set by the caller

@@ -103,6 +103,25 @@ def test_a_merged_adapter_is_the_base_and_the_adapter_in_peft(kind: str, base: P
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "vera", "ia3"])
+def test_weights_of_inputs_by_outputs_are_merged_as_such(kind: str, tmp_path: Path) -> None:
+    """GPT-2's, of which some are square."""
+    base, made, folder = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "vocab_size": len(tokenizer)}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    more = ["adapter.scaled_inputs=[c_fc]"] if kind == "ia3" else []
+    of_kind(kind, base, made, "adapter.targets=[c_attn,c_proj,c_fc]", *more)
+    expected = logits(PeftModel.from_pretrained(loaded(base), str(made)).eval())
+    assert (logits(loaded(base)) - expected).abs().max() > 1e-2
+    exported(base, folder, f"export.adapters={{a: '{made}'}}")
+    torch.testing.assert_close(logits(loaded(folder)), expected, atol=1e-5, rtol=1e-5)
+    exported(base, tmp_path / "under", f"model.merged_adapters=['{made}']")
+    torch.testing.assert_close(logits(loaded(tmp_path / "under")), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_sum_of_adapters_holds_the_biases_of_each(base: Path, tmp_path: Path) -> None:
     one, two = (of_kind(kind, base, tmp_path / kind) for kind in ("ia3", "lora"))
     exported(base, tmp_path / "out", f"export.adapters={{a: '{one}', b: '{two}'}}", "export.weights={a: 0.5}")
