@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from raytune_llm.config.expressions import check_expressions
 from raytune_llm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, section
 from raytune_llm.errors import ConfigError
 
@@ -138,7 +139,7 @@ class Layered(TrainedPart):
     """Modules that are trained in full and saved with the adapter, by the last part of their names: embed_tokens, lm_head,
     norms."""
     path: str | None
-    """A saved adapter of this method to continue, with its own rank, targets and layers."""
+    """A saved adapter of this method to continue, with its own rank, alpha, targets and layers. The dropout is the run's."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.last_layers is not None:
@@ -173,6 +174,11 @@ class LowRank(Layered):
     """LoRA+: the learning rate of B, as a multiple of optimizer.lr (Hayou et al. 2024, arXiv 2402.12354)."""
     embedding_lr_ratio: PositiveFloat
     """The learning rate of adapters on embeddings, as a multiple of optimizer.lr."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_expressions("adapter.rank_pattern", self.rank_pattern)
+        check_expressions("adapter.alpha_pattern", self.alpha_pattern)
 
     @property
     def option(self) -> str:
@@ -224,7 +230,7 @@ class LoRA(LowRank):
         return "adapter.experts=true adds to weights within the layers" if self.experts else None
 
     def __post_init__(self) -> None:
-        Layered.__post_init__(self)
+        LowRank.__post_init__(self)
         if self.experts and self.dropout:
             rule = "must be 0 if adapter.experts is true: adapters of experts are added to weights, and there is no input to drop"
             raise ConfigError("adapter.dropout", rule, got=self.dropout, fix="Leave it out.")

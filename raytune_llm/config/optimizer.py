@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from raytune_llm.config.expressions import check_expressions
 from raytune_llm.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, section
 from raytune_llm.errors import ConfigError
 
@@ -65,6 +66,9 @@ class Steps:
     layerwise: bool
     """Step on each tensor as soon as the backward pass has computed its gradient, and free the gradient, so that memory never
     holds all gradients. The result is the same as with false and without clipping."""
+
+    def __post_init__(self) -> None:
+        check_expressions("optimizer.groups", self.groups)
 
     needs_whole: ClassVar[str | None] = None
     """The reason why it can't step on the flattened partitions of ZeRO; None if it can."""
@@ -236,6 +240,7 @@ class ScheduleFree(Adam):
     schedules: ClassVar[frozenset[str] | None] = frozenset({"constant"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.beta1 == 0:
             rule = "must be above 0: at 0 the average can't be recovered from the trained weights"
             raise ConfigError("optimizer.beta1", rule, got=self.beta1, fix="Leave it out (0.9), or set optimizer=adamw.")
@@ -313,6 +318,7 @@ class SGD(Steps):
     nesterov: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.nesterov and self.momentum == 0:
             raise ConfigError(
                 "optimizer.nesterov", "needs a momentum", got=True, fix="Set optimizer.momentum (say 0.9), or nesterov=false."

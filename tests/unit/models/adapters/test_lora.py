@@ -208,6 +208,12 @@ def untied(**changed: Any) -> PreTrainedModel:
         ),
         (["adapter.targets=[embed_tokens]", "adapter.rank=40"], r"adapter\.rank must be at most 32, .* embed_tokens, got 40"),
         (["adapter.targets=[lm_head]", "adapter.rank=40"], r"adapter\.rank must be at most 32, .* lm_head, got 40"),
+        (
+            ["adapter.rank_pattern={(q_proj: 2}"],
+            r"adapter\.rank_pattern must have regular expressions as its keys: this one is invalid \(.*got '\(q_proj'",
+        ),
+        (["adapter.alpha_pattern={'*_proj': 2}"], r"adapter\.alpha_pattern must have regular expressions .* got '\*_proj'"),
+        (["optimizer.groups={'*norm': {lr_factor: 2}}"], r"optimizer\.groups must have regular expressions .* got '\*norm'"),
         (["adapter.rank=17"], r"got 17\. Lower it, or set adapter\.rank_pattern=\{k_proj: 16\}"),
         (["adapter.rank_pattern={k_proj:17}"], r"adapter\.rank_pattern must be at most 16, the smaller side of k_proj"),
         (["adapter.modules_to_save=[score]"], r"adapter\.modules_to_save must name modules of the model, got \['score'\]"),
