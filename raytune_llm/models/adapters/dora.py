@@ -23,15 +23,23 @@ COLUMNS = 1024
 
 
 @torch.no_grad()
-def measure_stored(model: nn.Module, key: str) -> None:
-    """Set the magnitudes from weights that are still in files, since PEFT computed them from placeholders."""
+def measure(model: nn.Module, key: str) -> None:
+    """Set a new adapter's magnitudes in float32, so that it begins as the base: PEFT computes them in the weights' type, and
+    from placeholders where weights are still in files."""
     for module in model.modules():
         if not isinstance(module, LoraLayer) or key not in module.lora_magnitude_vector:
             continue
-        weight: Any = module.get_base_layer().weight
-        if isinstance(weight, Stored):
-            lengths: Any = module.lora_magnitude_vector[key]
-            lengths.weight.copy_(torch.linalg.norm(weight.read(torch.device("cpu")), dim=1))
+        base: Any = module.get_base_layer()
+        lengths: Any = module.lora_magnitude_vector[key]
+        if base.weight.is_meta:
+            continue
+        if isinstance(lengths, Lengths) and not isinstance(base.weight, Stored):
+            a: Any = module.lora_A[key].weight
+            b: Any = module.lora_B[key].weight
+            lengths.weight.copy_(lengths.changed_lengths(base, a, b, module.scaling[key], torch.float32))
+        else:  # B A is 0
+            weight = base.weight.read(torch.device("cpu")) if isinstance(base.weight, Stored) else base.weight
+            lengths.weight.copy_(torch.linalg.vector_norm(weight, dim=0 if lengths.fan_in_fan_out else 1, dtype=torch.float32))
 
 
 class Lengths(DoraLinearLayer):
@@ -141,6 +149,6 @@ def with_lengths(method: Method) -> Method:
 
     def begin(model: nn.Module, key: str, quantization: Quantization | None) -> None:
         method.begin(model, key, quantization)
-        measure_stored(model, key)
+        measure(model, key)
 
     return replace(method, begin=begin, placed=put_lengths, quantized=measure_quantized, kept=KEPT)

@@ -44,9 +44,14 @@ def describes(saved: PeftConfig) -> bool:
 
 
 def continues(saved: PeftConfig, section: Layered) -> None:
-    """Raise ConfigError if the section's rslora or dora differs from the saved adapter's."""
+    """Take the section's dropout. Raise ConfigError if its rslora, dora or experts differ from the saved adapter's."""
     assert isinstance(saved, LoraConfig) and isinstance(section, LowRank)
-    for setting, there, here in (("dora", saved.use_dora, section.dora), ("rslora", saved.use_rslora, section.rslora)):
+    saved.lora_dropout = section.dropout
+    for setting, there, here in (
+        ("dora", saved.use_dora, section.dora),
+        ("rslora", saved.use_rslora, section.rslora),
+        ("experts", bool(saved.target_parameters), getattr(section, "experts", False)),
+    ):
         if there != here:
             word = str(there).lower()
             rule = f"must be as in the adapter that is continued, {word}"

@@ -5,8 +5,16 @@ The inverse in the Cayley transform is approximated by a Neumann series, as in t
 
 from __future__ import annotations
 
-from peft import OFTConfig, PeftConfig
+from typing import Any, Self
 
+import torch
+from peft import OFTConfig, PeftConfig
+from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from raytune_llm.config.adapter import OFT as OFTSection
+from raytune_llm.config.adapter import Layered
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.method import Kept, Layers, Method, only_linear, sides
 
@@ -23,6 +31,9 @@ def describes(saved: PeftConfig) -> bool:
 def blocks_fit(layers: Layers, *, block_size: int | None, blocks: int | None, **settings: float) -> None:
     """Raises ConfigError unless the blocks divide each layer's inputs. Blocks must have at least two inputs to rotate."""
     only_linear(layers, "oft")
+    if other := sorted(name for name, layer in layers.items() if isinstance(layer, Conv1D)):
+        rule = f"can't be oft for layers of the class Conv1D, as {other[0]} is: PEFT's OFT has none for them"
+        raise ConfigError("adapter", rule, got="oft", fix="Set adapter=lora.")
     setting, part = ("blocks", blocks) if block_size is None else ("block_size", block_size)
     assert part is not None, "one of the two is given"
     for name, layer in layers.items():
@@ -32,6 +43,40 @@ def blocks_fit(layers: Layers, *, block_size: int | None, blocks: int | None, **
             raise ConfigError(f"adapter.{setting}", rule, got=part, fix="Choose another, or set other adapter.targets.")
 
 
+def continues(saved: PeftConfig, section: Layered) -> None:
+    """Take the section's dropout."""
+    assert isinstance(saved, OFTConfig) and isinstance(section, OFTSection)
+    saved.module_dropout = section.dropout
+
+
+class Rotation(OFTRotationModule):
+    """PEFT's rotation with the dropout of its config, which PEFT 0.21 does not apply: in training, random blocks rotate nothing
+    (multiplicative dropout; Qiu et al. 2023, section 4)."""
+
+    dropout: float
+
+    @classmethod
+    def instead_of(cls, rotation: OFTRotationModule, dropout: float) -> Self:
+        made = cls.__new__(cls)
+        vars(made).update(vars(rotation))
+        made.dropout = dropout
+        return made
+
+    def _cayley_batch(self, Q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Q: [blocks, entries above the diagonal]. The rotation of entries that are 0 is the identity."""
+        if self.training:
+            Q = Q * (torch.rand(len(Q), 1, device=Q.device) >= self.dropout)
+        return super()._cayley_batch(Q, *args, **kwargs)
+
+
+def put_dropout(model: nn.Module, key: str) -> None:
+    for layer in model.modules():
+        if isinstance(layer, OFTLayer) and key in layer.oft_R and (dropout := getattr(layer.oft_dropout[key], "p", 0.0)):
+            rotation = layer.oft_R[key]
+            assert isinstance(rotation, OFTRotationModule)
+            layer.oft_R[key] = Rotation.instead_of(rotation, dropout)
+
+
 KEPT = Kept(alone=True, converts=True, drops_inputs=False)
 """PEFT rotates inputs in float32; they are cast back for the products."""
-OFT = Method(config=oft, describes=describes, check=blocks_fit, kept=KEPT)
+OFT = Method(config=oft, describes=describes, check=blocks_fit, continues=continues, placed=put_dropout, kept=KEPT)

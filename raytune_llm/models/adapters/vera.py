@@ -7,6 +7,8 @@ from typing import Any
 
 from peft import PeftConfig, VeraConfig
 
+from raytune_llm.config.adapter import Layered
+from raytune_llm.config.adapter import VeRA as VeRASection
 from raytune_llm.models.adapters.method import Kept, Layers, Method, only_linear
 
 
@@ -25,6 +27,12 @@ def check(layers: Layers, **settings: Any) -> None:
     only_linear(layers, "vera")
 
 
+def continues(saved: PeftConfig, section: Layered) -> None:
+    """Take the section's dropout."""
+    assert isinstance(saved, VeraConfig) and isinstance(section, VeRASection)
+    saved.vera_dropout = section.dropout
+
+
 KEPT = Kept(alone=True, inputs=False, outputs=1)
 """What A and B did, before the last vector. No input, since A is not trained."""
-VERA = Method(config=vera, describes=describes, check=check, kept=KEPT)
+VERA = Method(config=vera, describes=describes, check=check, continues=continues, kept=KEPT)

@@ -79,6 +79,12 @@ def test_a_model_without_experts_and_a_rank_above_theirs_are_refused() -> None:
         adapt(mixture(), lora_section(experts=True, rank=17, targets=["q_proj"]))
 
 
+def test_an_adapter_of_experts_is_continued_as_one(tmp_path: Path) -> None:
+    adapt(mixture(), lora_section(experts=True)).save(OWN, tmp_path)
+    with pytest.raises(ConfigError, match=r"adapter\.experts must be as in the adapter that is continued, true, got False"):
+        adapt(mixture(), lora_section(path=str(tmp_path)))
+
+
 def adapted_parts(model: Any) -> set[str]:
     return {
         name.partition(".lora_A")[0].removeprefix("base_model.model.") for name, _ in model.named_parameters() if "lora_A" in name

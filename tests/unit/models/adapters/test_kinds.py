@@ -21,6 +21,7 @@ from raytune_llm.models.adapters import OWN, PeftAdapters
 from raytune_llm.models.adapters.dora import Lengths, put_lengths
 from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.load import files_to_read, load_model
 from raytune_llm.records import Batch
 from tests.models import packed, some_rows
 
@@ -205,6 +206,34 @@ def test_a_saved_adapter_says_the_same_in_plain_peft_merged_and_continued(kind: 
                 PeftAdapters(base()).add_own(section(other, f"adapter.path={tmp_path}"))
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "oft", "vera"])
+def test_a_continued_adapter_has_the_dropout_of_the_run(kind: str, tmp_path: Path) -> None:
+    for before, now in ((0.0, 0.5), (0.5, 0.0)):
+        adapted(kind, f"adapter.dropout={before}").adapters.save(OWN, tmp_path, base_model="some/base")
+        (adapters := PeftAdapters(base())).add_own(section(kind, f"adapter.path={tmp_path}", f"adapter.dropout={now}"))
+        policy = CausalLM(adapters.model).train()
+        assert torch.equal(hidden(policy), hidden(policy)) == (now == 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_of_weights_in_files_are_those_of_loaded_ones(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also of weights [K, N] as GPT-2 has them, and of embeddings, whose magnitudes are of columns."""
+    torch.manual_seed(0)
+    sizes = {"gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 97}, "llama": SIZES}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes[family])).save_pretrained(tmp_path)
+    config, settings = AutoConfig.from_pretrained(tmp_path), {"weights": "pretrained", "dtype": dtype, "seed": 0}
+    targets = {"gpt2": "[c_attn,c_proj,wte]", "llama": "[k_proj,down_proj,embed_tokens]"}
+    found = []
+    for files in (None, files_to_read(config, str(tmp_path))):
+        adapters = PeftAdapters(load_model(config, str(tmp_path), files=files, **settings))
+        adapters.add_own(section("dora", f"adapter.targets={targets[family]}"))
+        found.append({name: value for name, value in adapters.trained(OWN).items() if "magnitude" in name})
+    assert len(found[0]) > 2 and found[0].keys() == found[1].keys()
+    for name, loaded in found[0].items():
+        torch.testing.assert_close(found[1][name], loaded, rtol=1e-6, atol=0)
+
+
 def test_an_adapter_that_is_continued_in_another_way_is_refused_by_the_way(tmp_path: Path) -> None:
     adapted("dora with rslora").adapters.save(OWN, tmp_path, base_model="some/base")
     for kind, said in {
@@ -286,6 +315,12 @@ def test_a_number_of_blocks_is_a_size_by_layer() -> None:
         ConfigError, match=r"adapter.blocks must be given where adapter.block_size is null, and only there, got 4"
     ):
         section("oft", "adapter.blocks=4")
+
+
+def test_oft_on_layers_that_peft_has_none_for_is_refused() -> None:
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=4, vocab_size=97))
+    with pytest.raises(ConfigError, match=r"adapter can't be oft for layers of the class Conv1D, as transformer\.h\.0"):
+        PeftAdapters(gpt2).add_own(section("oft"))
 
 
 def test_blocks_of_oft_must_divide_what_they_turn() -> None:
