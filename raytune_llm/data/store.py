@@ -121,21 +121,28 @@ def write_shard(
     schema = batch.schema.with_metadata({_STATS: json.dumps(stats.to_json(), sort_keys=True).encode()})
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-        shard = Shard(path.name, beside.stat().st_size, sha256_of(beside), stats)
-        beside.rename(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = in_units(shutil.disk_usage(path.parent).free)
-        raise ResourceError(
-            f"the token store can't be written to {path.parent}: {error.strerror} ({free} are free)",
-            "Free some space, or set data.cache on a larger disk; repeating the command resumes from the finished shards.",
-        ) from error
+        with _full_disk_explained(path.parent):
+            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+            shard = Shard(path.name, beside.stat().st_size, sha256_of(beside), stats)
+            beside.rename(path)
     finally:
         beside.unlink(missing_ok=True)
     return shard
+
+
+@contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = in_units(shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free)
+        raise ResourceError(
+            f"the token store can't be written to {folder}: {error.strerror} ({free} are free)",
+            "Free some space, or set data.cache on a larger disk; repeating the command resumes from the finished shards.",
+        ) from error
 
 
 def finished_shard(path: Path) -> Shard | None:
@@ -200,7 +207,7 @@ def under_construction(cache: Path, key: str) -> Iterator[Path | None]:
     if _is_complete(cache / key):
         yield None
         return
-    with locked(cache, key):
+    with _full_disk_explained(cache), locked(cache, key):
         if _is_complete(cache / key):
             yield None
             return

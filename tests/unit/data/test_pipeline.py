@@ -11,7 +11,8 @@ from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.readers import sources
 from raytune_llm.data.tokens.tokenizer import byte_tokenizer
-from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.errors import ConfigError, DataError, ResourceError
+from tests.limits import no_file_larger_than
 
 
 def chat(number, answer="yes"):
@@ -269,3 +270,12 @@ def test_shards_are_compared_with_their_hashes_once(jsonl, prepare_run, monkeypa
     record.write_text("[")
     monkeypatch.undo()
     assert prepared(run).reused, "a damaged record is none"
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_a_full_disk_is_named_whatever_is_written(size, jsonl, prepare_run):
+    """The outline of the store, its shards, its manifest."""
+    run = prepare_run(jsonl([chat(number) for number in range(3)]))
+    with no_file_larger_than(size), pytest.raises(ResourceError, match=r"token store can't be written to .*set data\.cache"):
+        prepared(run)
+    assert not prepared(run).reused
