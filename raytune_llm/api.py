@@ -284,7 +284,7 @@ def _opened(
     if isinstance(prepared, Prepared):
         check_split(run, prepared.store)
     this_run = identity(run, prepared.manifests)
-    done = _summary_of(output) if run.resume != "never" and finished(output, this_run) else None
+    done = _summary_of(output) if run.resume != "never" and finished(run, output, this_run) else None
     resumed_from = open_output(run, output, this_run)
     if run.resume == "never":
         clear(run.output_dir)

@@ -60,7 +60,7 @@ def open_output(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> in
             raise ConfigError("resume", f"can't be must where {checkpoints} holds no complete checkpoint", fix="Set resume=auto.")
         return None
     _, identity_then = checkpoint_files.read_progress(checkpoints, step)
-    _same_run(folder, identity_then, identity_now)
+    _same_run(run.output_dir, identity_then, identity_now)
     return step
 
 
@@ -99,7 +99,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def finished(folder: Path, identity_now: dict[str, str]) -> bool:
+def finished(run: TrainRun, folder: Path, identity_now: dict[str, str]) -> bool:
     """Whether the folder has this run, finished and complete. Raises ConfigError if another run finished in it.
 
     A `final/` with lost or changed files does not count as finished: the run resumes from its newest checkpoint and writes it
@@ -109,7 +109,7 @@ def finished(folder: Path, identity_now: dict[str, str]) -> bool:
     if end is None:
         return False
     files, identity_then = end
-    _same_run(folder, identity_then, identity_now)
+    _same_run(run.output_dir, identity_then, identity_now)
     lost = [name for name, digest in files.items() if checkpoint_files.digest(folder / name) != digest]
     if lost:
         log.warning("%s has changed since it was written (%s); it is written again", folder / "final", ", ".join(lost[:3]))
@@ -138,7 +138,7 @@ def check_final(run: TrainRun, folder: Path) -> None:
         raise ConfigError(
             "output_dir",
             f"holds a final/ that would be replaced, and no {FINISHED} or checkpoint that says which run wrote it",
-            got=str(folder),
+            got=run.output_dir,
             fix="Choose another output_dir, or set resume=never to start again there.",
         )
 
@@ -195,7 +195,7 @@ def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str 
         ) from error
 
 
-def _same_run(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
+def _same_run(output_dir: str, then: dict[str, str], now: dict[str, str]) -> None:
     old, new = json.loads(then["settings"]), json.loads(now["settings"])
     changed = [
         f"{key} from {old.get(key)} to {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
@@ -207,7 +207,7 @@ def _same_run(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
         raise ConfigError(
             "output_dir",
             f"holds another run; what changed: {', '.join(changed)}",
-            got=str(folder),
+            got=output_dir,
             fix="Restore it to resume, choose another output_dir, or set resume=never to start again there.",
         )
 
