@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +16,9 @@ from raytune_llm.errors import ConfigError, ResourceError
 MAX_GRAMMAR_CHARACTERS = 65_536
 MAX_SCHEMA_DEPTH = 64
 """Brackets within brackets. xgrammar takes memory and time without end for schemas of hundreds."""
+MAX_WHITESPACE = 20
+"""White space characters in one place of a JSON answer: a line break and an indentation. Without a limit, small models write line
+breaks until their tokens are used up."""
 MAX_COMPILE_THREADS = 1
 WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """The time and the line of its source that xgrammar writes before a message."""
@@ -50,7 +54,7 @@ class Grammars:
         if grammar.kind in ("json_schema", "structural_tag") and (depth := _depth(grammar.text)) > MAX_SCHEMA_DEPTH:
             raise ConfigError("a JSON schema", f"must have at most {MAX_SCHEMA_DEPTH} brackets within each other", got=depth)
         compile_one = {
-            "json_schema": self._compiler.compile_json_schema,
+            "json_schema": partial(self._compiler.compile_json_schema, max_whitespace_cnt=MAX_WHITESPACE),
             "json": lambda text: self._compiler.compile_builtin_json_grammar(),
             "regex": self._compiler.compile_regex,
             "ebnf": self._compiler.compile_grammar,

@@ -31,6 +31,17 @@ def grammars() -> Grammars:
     return Grammars(tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
 
 
+def test_json_is_indented_as_usual_and_not_filled_with_line_breaks(grammars: Grammars):
+    schema = '{"type": "object", "properties": {"a": {"type": "array", "items": {"type": "object"}}}, "required": ["a"]}'
+    written = {"a": [{}, {}]}
+    for text, is_allowed in [
+        *((json.dumps(written, indent=indent), True) for indent in (None, 2, 4)),
+        ('{"a"' + "\n" * 21 + ": []}", False),
+    ]:
+        matcher = grammars.matcher(Grammar(kind="json_schema", text=schema))
+        assert (matcher.accept_string(text) and matcher.is_completed()) == is_allowed
+
+
 @pytest.mark.parametrize("kind", ["json_schema", "structural_tag"])
 def test_a_schema_that_is_too_deep_is_refused(grammars: Grammars, kind: Any):
     deep = '{"items": ' * 900 + '{"const": "]}"}' + "}" * 900
