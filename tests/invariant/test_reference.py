@@ -17,6 +17,7 @@ from raytune_llm.config.overrides import CONF
 from raytune_llm.config.run import TrainRun
 from raytune_llm.data.pipeline import prepare
 from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.file_hash import sha256_of
 from raytune_llm.report.updates import ReferencePass, RunStarted
 from tests.group import Group, metrics
 from tests.runs import tiny_run
@@ -88,6 +89,11 @@ def test_a_second_run_reads_the_table_and_notices_one_that_does_not_fit(rows: di
     assert "read from" in choice and passes <= 1
     (folder,) = (tmp_path / "cache").glob("reference-*")
     np.save(folder / "values.npy", np.load(folder / "values.npy") - 3)
+    with pytest.raises(DataError, match=r"values\.npy: is missing or damaged"):
+        api.train(replace(run, output_dir=str(tmp_path / "c")))
+    key = json.loads((folder / "manifest.json").read_text())
+    key["files"]["values.npy"] = sha256_of(folder / "values.npy")  # whole, and of other weights under the same name
+    (folder / "manifest.json").write_text(json.dumps(key))
     with pytest.raises(DataError, match="rows differ"):
         api.train(replace(run, output_dir=str(tmp_path / "c")))
 
