@@ -573,11 +573,17 @@ def _exact_match(
     if not run.train.exact_match_rows:
         return None
     which = "before" if final is None else "after"
-    with notify_if_slow(tell, f"answering {run.train.exact_match_rows} held-out rows {which} training"):
-        return _answered(run, prepared, final, workspace)
+    with notify_if_slow(tell, f"answering {run.train.exact_match_rows} held-out rows {which} training") as answering:
+        return _answered(run, prepared, final, workspace, answering.of)
 
 
-def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None, workspace: Workspace) -> ExactMatch:
+def _answered(
+    run: TrainRun,
+    prepared: Prepared | Streamed,
+    final: Path | None,
+    workspace: Workspace,
+    on_answered: Callable[[int, int], object],
+) -> ExactMatch:
     from raytune_llm.evaluate.held_out import answer_held_out_rows
 
     train_store, eval_store = prepared.places
@@ -586,4 +592,4 @@ def _answered(run: TrainRun, prepared: Prepared | Streamed, final: Path | None, 
         from raytune_llm.runs.remote_task import call_on_node
 
         return call_on_node(run.resources, partial(answer_held_out_rows, run, store, final, apart))
-    return answer_held_out_rows(run, store, final, apart, workspace)
+    return answer_held_out_rows(run, store, final, apart, workspace, on_answered)

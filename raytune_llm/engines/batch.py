@@ -41,11 +41,14 @@ class BatchEngine:
         device: torch.device,
         max_rows: int = MAX_ROWS,
         runner: Callable[..., PolicyRunner] = PolicyRunner,
+        on_answered: Callable[[int, int], object] = lambda done, total: None,
     ) -> None:
         """stop_ids: tokens that end an answer, in addition to those of the generation config and the tokenizer. max_rows: the
-        number of answers that are generated concurrently."""
+        number of answers that are generated concurrently. on_answered: called while answers are generated, with the number of
+        complete ones and of all."""
         self._policy, self._tokenizer, self._device, self._max_rows, self._runner = policy, tokenizer, device, max_rows, runner
         self._end_ids = sorted({*stop_ids, *end_ids(policy.base, tokenizer)})
+        self._on_answered = on_answered
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in their order."""
@@ -63,7 +66,7 @@ class BatchEngine:
         )
         was_training = self._policy.training
         try:
-            return engine.generate(requests)
+            return engine.generate(requests, lambda left: self._on_answered(len(requests) - left, len(requests)))
         finally:
             engine.close()
             self._policy.train(was_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,11 +26,17 @@ NO_ADAPTER = NoAdapter(name="none")
 
 
 def answer_held_out_rows(
-    run: TrainRun, store_place: str, final: Path | None, whole_store: bool, workspace: Workspace | None = None
+    run: TrainRun,
+    store_place: str,
+    final: Path | None,
+    whole_store: bool,
+    workspace: Workspace | None = None,
+    on_answered: Callable[[int, int], object] = lambda done, total: None,
 ) -> ExactMatch:
     """The exact match of the base, or with `final` of the trained model.
 
-    whole_store: all rows of the store are held out, not a part of them.
+    whole_store: all rows of the store are held out, not a part of them. on_answered: called with the number of rows that are
+    answered, and of all.
     """
     workspace = workspace or Workspace()
     model: ModelConfig = run.model
@@ -58,7 +65,7 @@ def answer_held_out_rows(
     )
     assert isinstance(policy, CausalLM)
     return exact_match(
-        BatchEngine(policy, tokenizer, stop_ids=stop_ids(tokenizer, template), device=device),
+        BatchEngine(policy, tokenizer, stop_ids=stop_ids(tokenizer, template), device=device, on_answered=on_answered),
         tokenizer,
         [store.prompt_and_answer(row) for row in rows],
         max_new_tokens=run.train.max_new_tokens,

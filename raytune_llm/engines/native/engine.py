@@ -183,11 +183,12 @@ class NativeEngine:
             stream.fail(self._gone())
         return stream
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in their order. Blocks until all are complete."""
+    def generate(self, requests: Sequence[Request], on_left: Callable[[int], object] = lambda left: None) -> list[Completion]:
+        """One completion per request, in their order. Blocks until all are complete. on_left: without a thread, called after each
+        step with the number of requests that are not complete."""
         streams = [self.submit(request) for request in requests]
         if self._thread is None:
-            self._answer_all()
+            self._answer_all(on_left)
         return [stream.result() for stream in streams]
 
     def pooled(self, prompts: Sequence[Sequence[int]], pooling: str, adapter: str | None = None) -> Future[list[list[float]]]:
@@ -323,12 +324,13 @@ class NativeEngine:
             raise
 
     @torch.no_grad()
-    def _answer_all(self) -> None:
+    def _answer_all(self, on_left: Callable[[int], object]) -> None:
         """Compute steps in the caller's thread until every request is complete."""
         self._run_calls(wait=False)
         while self._scheduler.running or self._scheduler.waiting or self._started or self._unpublished:
             worked = self._step()
             assert worked, "a row that fits the cache can be computed"
+            on_left(len(self._scheduler.running) + len(self._scheduler.waiting))
 
     def _step(self) -> bool:
         """Compute one step. Returns False if there was nothing to do."""

@@ -69,10 +69,13 @@ def folders(tmp_path_factory) -> tuple[str, str]:
 
 def test_greedy_answers_are_those_of_transformers_and_peft(folders):
     base, adapter = folders
-    engine = BatchEngine(policy_of(base, SavedAdapter(path=adapter, setting="x")), byte_tokenizer(), device=CPU, max_rows=3)
+    told: list[tuple[int, int]] = []
+    policy = policy_of(base, SavedAdapter(path=adapter, setting="x"))
+    engine = BatchEngine(policy, byte_tokenizer(), device=CPU, max_rows=3, on_answered=lambda *counts: told.append(counts))
     prompts = [ids.tolist() for ids, _ in some_rows([3, 40, 17, 1, 24])]
     sampling = Sampling(max_new_tokens=20)
     answers = engine.generate([Request(prompt_ids=prompt, sampling=sampling) for prompt in prompts])
+    assert told == sorted(told) and told[0][0] < 5 and told[-1] == (5, 5)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     ends = [1, byte_tokenizer().eos_token_id]
     for prompt, answer in zip(prompts, answers, strict=True):
