@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from raytune_llm import packaged
@@ -40,7 +41,7 @@ def _check_adapters(run: Any) -> None:
             case folders:
                 named = [(setting, folder) for folder in folders or ()]
         for name, folder in named:
-            if not expanded(folder).exists():
+            if not os.path.exists(expanded(folder)):  # False, too, for a path that is too long
                 check_files(folder, name)
 
 
@@ -52,7 +53,7 @@ def _check_rows(data: DataConfig, kind: str) -> None:
 
     ranked = KINDS[kind].ranked
     for one in (*declared(data, ranked=ranked), *declared_for_evaluation(data, ranked=ranked)):
-        if not is_address(one.path) and not expanded(one.path).is_dir():
+        if not is_address(one.path) and not os.path.isdir(expanded(one.path)):
             source_of(one)
 
 

@@ -16,8 +16,8 @@ from raytune_llm.config.paths import expanded
 from raytune_llm.config.run import EvaluateRun
 from raytune_llm.config.serve import ServedModels
 from raytune_llm.errors import ConfigError
+from raytune_llm.finished import FINAL
 from raytune_llm.models.adapters.saved import base_of
-from raytune_llm.models.finished import FINAL
 from raytune_llm.predict.models import check_run_writes, check_writes, served_with
 from raytune_llm.runs.trained import RENDERING, Trained, read_trained
 from raytune_llm.serve.engines import lone_adapter

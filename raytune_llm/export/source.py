@@ -26,12 +26,12 @@ from raytune_llm.config.run import ExportRun, TrainRun
 from raytune_llm.errors import ConfigError, first_line
 from raytune_llm.export.in_quantized import base_in_bits, in_quantized, is_quantized, without_quantization
 from raytune_llm.export.tensors import TensorFact, TensorFiles, Tensors, converted
+from raytune_llm.finished import FINAL
 from raytune_llm.hub import hub_failures
 from raytune_llm.models.adapters.low_rank import LowRank, added
 from raytune_llm.models.adapters.mergeable import Mergeable
 from raytune_llm.models.adapters.method import tied_ends, ties_ends
 from raytune_llm.models.adapters.saved import changes_one_end, other_base
-from raytune_llm.models.finished import FINAL
 from raytune_llm.models.finite import all_finite
 from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.stored import changes_as_loaded, other_shape, tensor_files

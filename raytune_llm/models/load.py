@@ -29,8 +29,8 @@ from transformers import (
 
 from raytune_llm import packaged
 from raytune_llm.errors import ConfigError, first_line, last_line
+from raytune_llm.finished import check_unchanged
 from raytune_llm.models.attention.isolation import first_chunk
-from raytune_llm.models.finished import check_unchanged
 from raytune_llm.models.layers import largest
 from raytune_llm.models.longer import with_positions
 from raytune_llm.models.multimodal import TRAINED_ON_TEXT, is_multimodal, leave_other_media_out

@@ -13,8 +13,8 @@ from raytune_llm import packaged
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.data.tokens.tokenizer import BYTES
 from raytune_llm.file_hash import sha256_of
+from raytune_llm.finished import FINAL, FINISHED, files_of
 from raytune_llm.models.adapters.saved import CONFIG, WEIGHTS
-from raytune_llm.models.finished import FINAL, FINISHED, files_of
 
 READ = (".json", ".jinja", ".model", ".txt", ".py")
 """Suffixes of files that are hashed in addition to weights: configs, tokenizer, chat template, code."""

@@ -15,7 +15,7 @@ from typing import Any
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, DataError, ResourceError, RunLost, UserError
-from raytune_llm.models.finished import FINISHED
+from raytune_llm.finished import FINISHED
 from raytune_llm.report.metrics import ADOPTED, history, write_adopted
 from raytune_llm.storage import away_in, no_space_in
 from raytune_llm.train import checkpoint_files

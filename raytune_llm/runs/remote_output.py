@@ -15,7 +15,7 @@ from pathlib import Path
 
 from raytune_llm import object_store
 from raytune_llm.errors import ResourceError
-from raytune_llm.models.finished import FINAL, FINISHED, files_of
+from raytune_llm.finished import FINAL, FINISHED, files_of
 from raytune_llm.object_store import RemoteFolder, is_address
 from raytune_llm.packaged import cache_dir
 from raytune_llm.report import trackers

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from raytune_llm.adapter_folder import CONFIG, WEIGHTS, check_files
 from raytune_llm.errors import ConfigError, first_line
+from raytune_llm.finished import check_unchanged
 from raytune_llm.models.adapters.peft_alone import find_bitsandbytes
-from raytune_llm.models.finished import check_unchanged
 
 PREFIX = "base_model.model."
 """The prefix of parameter names in PEFT's model and in its files."""

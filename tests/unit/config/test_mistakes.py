@@ -79,7 +79,9 @@ def test_a_group_is_given_the_name_of_an_option(capsys, group: str, value: str):
         (["--config-nam", "x"], "--config-name"),
     ],
 )
-def test_the_answer_names_the_setting_and_the_way_out(capsys, line: list[str], said: str):
+def test_the_answer_names_the_setting_and_the_way_out(capsys, tmp_path: Path, monkeypatch, line: list[str], said: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
     assert said in answer(capsys, *line, ROWS)
 
 

@@ -116,7 +116,7 @@ def test_a_refusal_names_the_file_of_its_own_command(tmp_path, prepare_run):
         path = tmp_path / name
         path.write_text('{"other": 1}\n' * 2)
         run = prepare_run(path)
-        with pytest.raises(DataError, match=f"{name}, row 1: there are other"):
+        with pytest.raises(DataError, match=f"{name}, rows 1, 2: there are other"):
             prepare(run.model, run.data, run.resources)
 
 
