@@ -7,9 +7,7 @@ AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...).
 
 from __future__ import annotations
 
-import errno
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from raytune_llm.byte_size import in_units
+from raytune_llm.disk import DISK_FULL, free_bytes
 from raytune_llm.errors import ConfigError, ResourceError, RunLost, first_line
 
 T = TypeVar("T")
@@ -34,8 +33,6 @@ AT_ONCE = 8
 """Files that one process transfers at the same time."""
 FINAL_ERRORS = (FileNotFoundError, FileExistsError, NotImplementedError, IsADirectoryError, NotADirectoryError)
 """Errors that are not retried, because the result would be the same."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Of the local disk: stores have no such errors."""
 RESUMES = "The same command resumes from the newest checkpoint"
 
 
@@ -148,7 +145,7 @@ class RemoteFolder:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            free = in_units(shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free)
+            free = in_units(free_bytes(folder))
             raise ResourceError(
                 f"files of {self.address} can't be copied to {folder}: {error.strerror} ({free} are free)",
                 "Free some space, or let XDG_CACHE_HOME name a folder on a larger disk.",

@@ -11,6 +11,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+from raytune_llm.disk import DISK_FULL
 from raytune_llm.errors import UserError
 
 P = ParamSpec("P")
@@ -96,7 +97,7 @@ written")."""
 def no_space_in(error: BaseException) -> str | None:
     """The message if a full disk, a quota or a limit on file size caused the error, anywhere in its chain; else None."""
     for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             return cause.strerror
         if any(words in str(cause) for words in NO_SPACE):
             return "no space left"

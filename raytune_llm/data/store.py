@@ -40,6 +40,7 @@ from raytune_llm.byte_size import in_units
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, Rows, joined
+from raytune_llm.disk import DISK_FULL, free_bytes
 from raytune_llm.errors import ConfigError, DataError, ResourceError
 from raytune_llm.file_hash import sha256_of
 
@@ -136,9 +137,9 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
-        free = in_units(shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free)
+        free = in_units(free_bytes(folder))
         raise ResourceError(
             f"the token store can't be written to {folder}: {error.strerror} ({free} are free)",
             "Free some space, or set data.cache on a larger disk; repeating the command resumes from the finished shards.",

@@ -14,6 +14,7 @@ from typing import Any
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.run import TrainRun
+from raytune_llm.disk import free_bytes
 from raytune_llm.errors import ConfigError, DataError, ResourceError, RunLost, UserError
 from raytune_llm.finished import FINISHED
 from raytune_llm.report.metrics import ADOPTED, history, write_adopted
@@ -188,7 +189,7 @@ def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str 
         reason = no_space_in(error)
         if reason is None:
             raise
-        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+        free = free_bytes(folder)
         raise ResourceError(
             f"{folder} can't be written: {reason} ({in_units(free)} are free)",
             f"Free some space, or set {setting} on a larger disk; {then}.",

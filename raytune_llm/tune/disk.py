@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 from raytune_llm.byte_size import in_units
 from raytune_llm.config.sweep import Sweep
+from raytune_llm.disk import free_bytes
 from raytune_llm.errors import ResourceError
 from raytune_llm.tune.halving import halving_of
 from raytune_llm.tune.study import TRIALS
@@ -17,7 +16,7 @@ def check_disk(sweep: Sweep, checkpoint_bytes: int) -> None:
     folder = sweep.folder.absolute()
     there = len(list(folder.glob(f"{TRIALS}/*/checkpoints")))
     left = max(0, waiting(sweep) - there)
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    free = free_bytes(folder)
     if left * checkpoint_bytes > free:
         each = f"{left} trials that wait with a checkpoint of {in_units(checkpoint_bytes)} each"
         raise ResourceError(
