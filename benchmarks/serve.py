@@ -80,13 +80,19 @@ def served(command: list[str], environment: Mapping[str, str], log: Path, url_in
         process.wait()
 
 
-def ours(adapters: Mapping[str, Path], folder: Path) -> contextlib.AbstractContextManager[str]:
+def ours(
+    adapters: Mapping[str, Path],
+    folder: Path,
+    program: Sequence[str] = ("-m", "raytune_llm"),
+    environment: Mapping[str, str] = {},
+) -> contextlib.AbstractContextManager[str]:
+    """program: what Python runs, with the arguments of `raytune_llm`."""
     names = ", ".join(f"{name}: '{path}'" for name, path in adapters.items())
     command = [
-        sys.executable, "-m", "raytune_llm", "serve", "model=smollm2_135m", f"serve.adapters={{{names}}}", "serve.port=0",
+        sys.executable, *program, "serve", "model=smollm2_135m", f"serve.adapters={{{names}}}", "serve.port=0",
         f"serve.max_adapters={max(ADAPTERS)}", "serve.max_rank=8", "serve.precision=bf16", "serve.base_name=base",
     ]  # fmt: skip
-    return served(command, {}, folder / "ours.log", _ready_at)
+    return served(command, environment, folder / "ours.log", _ready_at)
 
 
 def _ready_at(said: str) -> str | None:

@@ -3,9 +3,8 @@
 With GCC's OpenMP, which torch uses on Linux, a thread that waits for others spins for milliseconds before it sleeps. If another
 process uses the cores too, they keep the thread that they wait for from running, in every operation.
 
-Beside one busy process, a decoding step of a small model on two cores took over ten times as long. With 3,000 spins (0.1 ms)
-it takes two to three times as long. On idle cores, the price is that threads fall asleep between some operations: none in a plain
-loop of products, 5 to 11% for answers through HTTP.
+With 3,000 spins (0.1 ms), operations beside a busy process are several times faster (`scripts/bench decode`). On idle cores, the
+price is that threads fall asleep between some operations (`scripts/bench serve_waits`). docs/serving.md has the figures.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 OpenMP keeps a team of worker threads for every thread that ever computed in parallel. As long as all teams together have no more
 threads than there are cores, idle workers spin for a moment. Beyond that, they sleep after each operation, and waking them takes
-longer than most operations of a decoding step: with a second team, a step took twice as long (SmolLM2, two cores). So whatever a
-server computes outside of its engine's thread (loading a model, reading an adapter) must not leave a team behind.
+longer than most operations of a decoding step (`second_team` of `scripts/bench decode`). So whatever a server computes outside of
+its engine's thread (loading a model, reading an adapter) must not leave a team behind.
 """
 
 from __future__ import annotations
