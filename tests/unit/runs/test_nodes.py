@@ -14,11 +14,9 @@ from raytune_llm.runs.nodes import (
     Nodes,
     check_reachable,
     check_versions,
-    remove_marker,
-    sees,
     workers_that_fit,
-    write_marker,
 )
+from raytune_llm.runs.shared_folders import remove_marker, sees, write_marker
 
 ONE = Node(
     address="10.0.0.1",
