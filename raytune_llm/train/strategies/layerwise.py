@@ -40,8 +40,12 @@ class Layerwise:
         self._waiting, self._done = deque[Callable[[], None]](), list[StepOut]()
         self.lr = 0.0
         """The learning rate of the step that the backward pass makes."""
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._completed)
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._completed) for parameter in parameters]
+
+    def close(self) -> None:
+        """Let go of the parameters: their hooks refer to what refers to them, and the device would keep both."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _completed(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None

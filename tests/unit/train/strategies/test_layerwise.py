@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -183,3 +185,36 @@ def test_several_micro_batches_of_the_fewest_workers_are_refused_before_a_run(wo
     words = ["data.path=x", "optimizer=lomo", "train.max_grad_norm=null", "train.global_batch_size=8", "train.micro_batch_size=2"]
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size must be train\.global_batch_size / workers \(8 / 2\)"):
         load_config("train", [*words, "resources=cluster", f"resources.num_workers={workers}"])
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_change_is_told_before_it_is_made(name: str, layerwise: bool) -> None:
+    strategy = strategy_of(name, layerwise=layerwise)
+    told: list[list[torch.Tensor]] = []
+    strategy.before_change(lambda: told.append(weights_of(strategy)))
+    before = weights_of(strategy)
+    one_step(strategy, 0)
+    after = weights_of(strategy)
+    assert all(map(torch.equal, told[0], before)) and not all(map(torch.equal, told[0], after))
+    steps = len(told)
+    with strategy.averaged():
+        assert all(map(torch.equal, told[steps], after))
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_weights_are_freed_after_the_end(layerwise: bool) -> None:
+    strategy = strategy_of("adafactor", layerwise=layerwise)
+    one_step(strategy, 0)
+    weights = weakref.ref(next(strategy.module.parameters()))
+    gc.disable()
+    try:
+        strategy.close()
+        del strategy
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+def weights_of(strategy: DDPStrategy) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in strategy.module.parameters()]
