@@ -16,7 +16,7 @@ written in the background every 50 steps. Tokens/s are of all seconds from the t
 which as many threads write as many bytes; a checkpoint that takes longer than 50 steps there delays the next one.
 
 full_8b: all of Llama-3-8B's shape under FSDP2 through Ray, 8,192 tokens a worker and step, on all GPUs or --workers of them; the
-checkpoint of step 10 is written in the background, against the rate at which as many threads write to the same disk. The command
+checkpoint of step 40 is written in the background, against the rate at which as many threads write to the same disk. The command
 is ended then, as is any at its limit.
 
 killed: LoRA of that shape under ddp through Ray with a checkpoint every five steps; a worker gets SIGKILL after step 12, and the
@@ -61,7 +61,7 @@ os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # of benchmarks/gpu.py; command
 
 PAIRS = Path(__file__).parent / "_dpo_lengths.json"
 EPOCHS, WARMUP_STEPS = 2, 10
-SAVED_AT = 10
+SAVED_AT = 40
 KILLED_AT = 12
 LEFT_BYTES = 4 * 2**30
 """What a checkpoint leaves of the disk."""
@@ -280,7 +280,11 @@ def saving(folder: Path, asked: Asked) -> dict[str, Any]:
         usual = median(times[step + 5] - times[step] for step in range(10, steps, 5))
         waits = {step: times[step + 5] - times[step] - usual for step in range(every, steps, every)}
         found[name] |= {f"wait_at_{step}_s": round(wait, 2) for step, wait in waits.items()}
-        print(name, found[name], file=sys.stderr, flush=True)
+        for done in place.glob("run/checkpoints/step-*/COMPLETE"):
+            step = int(done.parent.name.removeprefix("step-"))
+            found[name][f"written_at_{step}_s"] = round(done.stat().st_mtime - times[step], 2)
+        since = {step: round(at - times[10], 2) for step, at in times.items()}
+        print(name, found[name], since, [event["text"] for event in run.events("notice")], file=sys.stderr, flush=True)
         shutil.rmtree(place)
     if "failed" not in found["none"] | found["every_50"]:
         found["every_50"]["of_none"] = round(found["every_50"]["tokens_per_s"] / found["none"]["tokens_per_s"], 3)
@@ -306,6 +310,7 @@ def full_8b(folder: Path, asked: Asked) -> dict[str, Any]:
         result: dict[str, Any] = {
             "first_step_s": round(run.times()[1] - run.began, 1),
             "step_s": round(median(steps), 3),
+            "mean_step_s": round(mean(steps), 3),
             "tokens_per_s": round((tokens[SAVED_AT] - tokens[3]) / sum(steps) / asked.workers),
             "disk_gb_per_s": round(disk / 1e9, 2),
             "choices": run.events("begin")[0]["choices"],
@@ -322,12 +327,14 @@ def full_8b(folder: Path, asked: Asked) -> dict[str, Any]:
     during = [b - a for a, b in pairwise(times.values())]
     return {
         **result,
+        "steps_while_written": len(during) - 1,
         "checkpoint_gb": round(size / 1e9, 2),
         "checkpoint_s": round(seconds, 1),
         "checkpoint_gb_per_s": round(size / seconds / 1e9, 2),
         "of_disk": round(size / seconds / disk, 3),
         "step_of_the_save_s": round(during[0], 3) if during else None,
         "step_while_written_s": round(median(during[1:]), 3) if during[1:] else None,
+        "mean_step_while_written_s": round(mean(during[1:]), 3) if during[1:] else None,
     }
 
 

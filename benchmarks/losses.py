@@ -25,6 +25,7 @@ from typing import Any
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
+from raytune_llm.errors import ConfigError
 
 ADAPTERS = {
     "none": ["optimizer.lr=5e-5"],
@@ -59,12 +60,13 @@ OPTIMIZERS = {
     "lomo": [*LAYERWISE, "optimizer.lr=1e-2"],
     "adalomo": [*LAYERWISE, "optimizer.lr=5e-4"],
 }
+TRAINS_ALL = OPTIMIZERS | {"paged_adamw_8bit": OPTIMIZERS["adamw_8bit"]}  # which needs a GPU
 LR = "optimizer.lr="
 QUANTIZATIONS = dict.fromkeys(("bnb_nf4", "bnb_fp4", "bnb_int8", "hqq"), ADAPTERS["lora"])
 CASES = {
     **{f"adapter={name}": [f"adapter={name}", *settings] for name, settings in ADAPTERS.items()},
     **{f"quantization={name}": [f"quantization={name}", *settings] for name, settings in QUANTIZATIONS.items()},
-    **{f"optimizer={name}": ["adapter=none", f"optimizer={name}", *settings] for name, settings in OPTIMIZERS.items()},
+    **{f"optimizer={name}": ["adapter=none", f"optimizer={name}", *settings] for name, settings in TRAINS_ALL.items()},
 }
 
 
@@ -116,7 +118,11 @@ def main() -> None:
             asked = [*at_rate(settings, args.lr_factor), *args.set]
             runs[name] = pool.submit(curve_of, asked, model=args.model, steps=args.steps, folder=Path(folder) / name)
         for name, run in runs.items():
-            curves[name] = run.result()
+            try:
+                curves[name] = run.result()
+            except ConfigError as error:  # it needs a GPU, or a package that isn't installed here
+                print(name, error, file=sys.stderr, flush=True)
+                continue
             print(name, figures(name, curves[name], None), file=sys.stderr, flush=True)
     lora = curves.get("adapter=lora")
     print(json.dumps({name: figures(name, curve, lora) for name, curve in curves.items()}, indent=2))

@@ -78,7 +78,11 @@ def work(
         if setup.rank == 0:
             on_update(RunStarted(total_steps=settings.total_steps, first_step=progress.step, choices=setup.choices))
         profile = profiled(setup, settings.total_steps, progress.step, stack)
-        stepped = (notified_first(setup, settings.eval_on_start, notify, stack), profile, on_step)
+
+        def reserve(step: int) -> None:
+            checkpoints.reserve(strategy.state)  # after a step, when the optimizer has its state
+
+        stepped = (notified_first(setup, settings.eval_on_start, notify, stack), profile, reserve, on_step)
         yielded = False
 
         def yields_now() -> bool:
@@ -116,6 +120,7 @@ def checkpoints_of(setup: Setup, stack: ExitStack) -> Checkpoints:
         asynchronous=checkpoint.asynchronous,
         place=setup.remote and RemoteCheckpoints(setup.remote / CHECKPOINTS, setup.output / CHECKPOINTS),
     )
+    setup.built.strategy.before_change(checkpoints.hold)
     stack.callback(checkpoints.close)
     return checkpoints
 

@@ -35,7 +35,7 @@ from raytune_llm.train import checkpoint_files
 from raytune_llm.train.checkpoint_files import FORMAT_VERSION, path_of, write_document
 from raytune_llm.train.checkpoint_writer import StateWriter
 from raytune_llm.train.progress import Progress
-from raytune_llm.train.staging import Staging
+from raytune_llm.train.staging import Staging, local_of
 
 
 class Place(Protocol):
@@ -131,14 +131,27 @@ class Checkpoints:
         """
         self.folder, self.keep, self.keep_best, self._place = folder, keep, keep_best, place or SharedFolder(folder)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self._writing: Future[None] | None = None
-        self._staging = Staging()
+        self._background: Future[None] | None = None
+        self._staging, self._reserved = Staging(), False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         # The background writer has its own process group, so that its collectives don't interleave with training's.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
+    def reserve(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Take the host memory in which GPUs' states like this one are staged, once and in the background, so that the first
+        `save` need not wait for it."""
+        if self._reserved or self._pool is None or not torch.cuda.is_available():
+            return
+        local = {name: local_of(value) for name, value in state().items()}
+        like = {name: torch.empty_like(value, device="meta") for name, value in local.items() if value.is_cuda}
+        self._reserved, self._background = True, self._pool.submit(self._staging.reserve, like)
+
     def save(self, state: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, str]) -> None:
-        """Save a checkpoint; collective over all workers. identity: hashes that a run must share with this one to resume it."""
+        """Save a checkpoint; collective over all workers. identity: hashes that a run must share with this one to resume it.
+
+        What changes the state afterwards calls `hold` first.
+        """
+        self._staging.stop_reserving()
         self.wait()
         document = {"format_version": FORMAT_VERSION, **asdict(progress), **identity}
         if self._pool is None:
@@ -146,7 +159,8 @@ class Checkpoints:
                 torch.cuda.synchronize()  # the writer's threads have streams of their own
             self._write(dict(state), progress.step, progress.best_step, document)
         else:
-            self._writing = self._pool.submit(self._write, self._staging.copy(state), progress.step, progress.best_step, document)
+            staged = self._staging.copy(state)
+            self._background = self._pool.submit(self._write, staged, progress.step, progress.best_step, document)
 
     def newest(self) -> int | None:
         """The step of the newest intact checkpoint, which rank 0 finds; its files are brought to this machine. Collective over
@@ -173,13 +187,18 @@ class Checkpoints:
         if (problem := self._place.fetch(step, checked=True)) is not None:
             raise DataError(f"{self._place}/step-{step}", problem, "Repeat the command; it resumes from an older checkpoint.")
 
+    def hold(self) -> None:
+        """Let the GPU change nothing of the state before it is staged."""
+        self._staging.hold()
+
     def wait(self) -> None:
         """Wait until the checkpoint is on disk. Raises the writer's error."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        if self._background is not None:
+            background, self._background = self._background, None
+            background.result()
 
     def close(self) -> None:
+        self._staging.stop_reserving()
         try:
             self.wait()
         finally:
@@ -273,8 +292,9 @@ class Checkpoints:
 def _write_state(folder: Path, state: dict[str, Tensor], group: Any) -> dict[str, str]:
     """Write the state, and return the hashes of the files that this worker wrote. Collective over the group. torch reports one
     worker's failure to all, so that all retry together."""
+    device = next((local.device for value in state.values() if (local := local_of(value)).is_cuda), None)
     with one_process_is_meant():
-        writer = StateWriter(folder)
+        writer = StateWriter(folder, device)
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     return writer.hashes
 

@@ -29,9 +29,11 @@ PARTS, PART_BYTES = 4, 2**28
 
 
 class StateWriter(FileSystemWriter):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
+        """device: the GPU that holds the state. None: it is in host memory."""
         super().__init__(folder, single_file_per_rank=True, per_thread_copy_ahead=0)
         self.fs = self._hashed = HashedFiles()
+        self._device = device
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -57,7 +59,7 @@ class StateWriter(FileSystemWriter):
 
     def _write_part(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         # A stream of its own: in the default one, a copy to the host would wait for all that is queued there.
-        with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
+        with nullcontext() if self._device is None else torch.cuda.stream(torch.cuda.Stream(self._device)):
             return super().write_data(plan, planner).wait()
 
 

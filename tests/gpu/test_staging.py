@@ -12,17 +12,22 @@ from raytune_llm.train.progress import Progress
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reserved", [False, True])
+def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(tmp_path, monkeypatch, reserved):
     monkeypatch.setattr(checkpoint_writer, "PART_BYTES", 2**22)
     state = {f"weight{number}": torch.full((2**20 + number,), 1.0, device="cuda") for number in range(8)}
     state["step"] = torch.tensor(1.0)
     product = torch.randn(8192, 8192, device="cuda")
     checkpoints = Checkpoints(tmp_path, keep=2, asynchronous=True)
     try:
+        if reserved:
+            checkpoints.reserve(lambda: state)
         for step in (1, 2):
             for _ in range(20):
                 product @ product  # work that the copies wait for
             checkpoints.save(state, Progress(step=step), {})
+            product @ product  # beside the copies
+            checkpoints.hold()
             for value in state.values():
                 value += 1
         checkpoints.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -82,6 +82,10 @@ class Strategy(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Trained parameters as parameters.<name>, and optimizer state as optimizer.<name>.<key>. They are whole tensors or
         DTensors, with the same names and global shapes under every strategy and world size."""
+        ...
+
+    def before_change(self, call: Callable[[], None]) -> None:
+        """Have it called each time before tensors of an earlier `state` change, as they are in a step."""
         ...
 
     def load(self, kept: Mapping[str, Tensor], read: Any) -> None:

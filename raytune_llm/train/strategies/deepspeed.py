@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -108,6 +108,9 @@ class DeepSpeedStrategy:
                 whole = value.clone() if value.ndim == 0 else _whole(safe_get_full_optimizer_state(parameter, key), parameter)
                 state[f"optimizer.{name}.{key}"] = whole
         return state
+
+    def before_change(self, call: Callable[[], None]) -> None:
+        pass  # a state is a copy
 
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()  # an optimizer that averages is refused here

@@ -64,6 +64,9 @@ class InBank:
     def state(self) -> dict[str, Tensor]:
         return {name: value.contiguous() for name, value in optimizer_state(self._pairs, self.optimizer).items()}
 
+    def before_change(self, call: Callable[[], None]) -> None:
+        self.optimizer.register_step_pre_hook(lambda *_: call())
+
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()  # a run whose optimizer averages weights never shares a pass
 

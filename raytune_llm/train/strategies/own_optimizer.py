@@ -32,6 +32,7 @@ class OwnOptimizer:
         """meet: averages a gradient over workers before its tensor steps, if nothing else has averaged it by then."""
         self.module, self.world = module, world
         self.optimizer = build_optimizer(module.model, fused=True)  # names there are those that were checked before
+        self._before_change: list[Callable[[], None]] = []
         self.max_grad_norm = training.max_grad_norm
         self.scale = LossScale(training.device, enabled=training.scales_loss)
         parameters = (parameter for _, parameter in trained(module))
@@ -50,10 +51,16 @@ class OwnOptimizer:
     def state(self) -> dict[str, Tensor]:
         return optimizer_state(trained(self.module), self.optimizer)
 
+    def before_change(self, call: Callable[[], None]) -> None:
+        self._before_change.append(call)
+        self.optimizer.register_step_pre_hook(lambda *_: call())
+
     def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
         load_optimizer_state(trained(self.module), self.optimizer, kept, read)
 
     def averaged(self) -> AbstractContextManager[None]:
+        for call in self._before_change:
+            call()
         return self.optimizer.averaged() if isinstance(self.optimizer, ByTensor) else nullcontext()
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -63,7 +70,8 @@ class OwnOptimizer:
                 yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).to("cpu", copy=True)
 
     def close(self) -> None:
-        pass
+        if self.layerwise is not None:
+            self.layerwise.close()
 
 
 Named = Sequence[tuple[str, nn.Parameter]]
