@@ -11,5 +11,5 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that holds the folder, or would hold it."""
+    """The free bytes of the disk that holds the folder, or would hold it if it existed."""
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

@@ -46,7 +46,8 @@ def _check_adapters(run: Any) -> None:
 
 
 def _check_rows(data: DataConfig, kind: str) -> None:
-    """Of a hub data set or an object store, nothing is asked yet, and of a folder only whether it is there."""
+    """Raises DataError if files or folders of rows are missing. Hub data sets, object stores and the content of folders are
+    checked later, since that takes longer."""
     from raytune_llm.data.kinds import KINDS
     from raytune_llm.data.readers.declarations import declared, declared_for_evaluation, source_of
     from raytune_llm.object_store import is_address

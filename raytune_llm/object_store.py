@@ -199,7 +199,7 @@ class RemoteFolder:
 
 
 def _is_local(error: OSError) -> bool:
-    """Whether it is of the local file and not of the store: the system names the file."""
+    """Whether the error is about the local file and not about the store: the system then names the file."""
     return error.filename is not None
 
 

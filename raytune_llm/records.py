@@ -111,7 +111,7 @@ def with_messages(record: Record, change: Callable[[Message], Message]) -> Recor
 
 
 def last_answer_only(conversation: Conversation) -> Conversation:
-    """With no answer trained but the last message, if that is one that was to be trained."""
+    """The conversation with only its last message trained, if that was trained."""
     *earlier, last = conversation.messages
     untrained = (replace(message, trained=False) if message.trained else message for message in earlier)
     return replace(conversation, messages=(*untrained, last))
@@ -186,7 +186,7 @@ class Batch:
     """The step's seed, from which random numbers of each document are derived."""
 
     def with_answers(self, columns: Mapping[str, Tensor]) -> Batch:
-        """With more of per_answer."""
+        """The batch with more columns in per_answer."""
         return replace(self, per_answer={**self.per_answer, **columns})
 
 

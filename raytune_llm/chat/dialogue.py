@@ -70,7 +70,7 @@ class Dialogue:
 
     @contextmanager
     def unchanged_by_errors(self) -> Iterator[None]:
-        """Where the server refuses or fails, nothing was asked."""
+        """A context that restores the messages if a UserError ends it, so that a failed question leaves no trace."""
         before = list(self.messages)
         try:
             yield

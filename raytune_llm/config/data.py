@@ -9,7 +9,7 @@ from raytune_llm.errors import ConfigError
 
 
 class RowFormat:
-    """What rules between sections ask any format."""
+    """The properties of a format that rules between sections read."""
 
     @property
     def pair_margin(self) -> str | None:

@@ -73,7 +73,7 @@ OF_PAIRS = ("loss", *SIDES, "rewards/accuracies")
 
 
 class StageRules:
-    """What rules between sections and `plan` ask any stage."""
+    """The properties of a stage that rules between sections and `plan` read."""
 
     kind: ClassVar[str]
     """The kind of row that it trains on: one of data.kinds.KINDS."""

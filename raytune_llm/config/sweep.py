@@ -198,8 +198,8 @@ class Sweep:
             yield from (drawn(self.axes, tune.seed, number) for number in tries)
 
     def validate(self) -> list[Point]:
-        """The planned points. Raises ConfigError unless each of them is valid, and each value of a list, and both ends of each
-        interval."""
+        """Returns the planned points. Raises ConfigError unless each of them is valid, and so are each value of a list and both
+        ends of each interval."""
         _ = self.ends
         if self.tune.share_base is True and (refused := elsewhere(self.base) or self.unshared) is not None:
             raise refused
@@ -211,8 +211,8 @@ class Sweep:
         return [self._end(axis, value) for axis in self.axes for value in axis.values.ends]
 
     def _end(self, axis: Axis, value: Any) -> Point:
-        """With the rest as the base has it; where the base can't have it (a setting of an optimizer that another axis chooses),
-        with the first values of the others."""
+        """The point with this value, and otherwise the base's settings. If the base can't have the value (a setting of an
+        optimizer that another axis chooses), the other axes have their first values."""
         point, values = axis.point(value), axis.values
         try:
             self.composed(point)

@@ -451,7 +451,7 @@ def _map_with_ray(chunks: list[tuple[int, Chunk]], recipe: Recipe, place: str, j
 
 
 def _next(rows: Iterator[T], nothing_came: type[Exception]) -> T | None:
-    """None: that was all. Raises RunLost if nothing came for NO_PROGRESS_S."""
+    """The next item, or None at the end. Raises RunLost if nothing came for NO_PROGRESS_S."""
     try:
         return next(rows, None)
     except nothing_came:

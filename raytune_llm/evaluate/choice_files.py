@@ -71,7 +71,7 @@ def split_of(task: str) -> tuple[str, str]:
 
 
 def read_task(task: str, folder: Path) -> list[Subject]:
-    """Its subjects in the order of its mapping.json. Raises ConfigError or DataError."""
+    """The task's subjects, in the order of its mapping.json. Raises ConfigError or DataError."""
     name, split = split_of(task)
     place = folder / name
     if not (place / "mapping.json").is_file():

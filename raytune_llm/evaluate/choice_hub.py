@@ -65,12 +65,12 @@ def downloaded(task: str) -> Path:
 
 
 def has_parquet(folder: Path) -> bool:
-    """Whether it holds a data set as a hub has it: SUBJECT/SPLIT/*.parquet, or SUBJECT/SPLIT-*.parquet."""
+    """Whether the folder holds a data set in a hub's layout: SUBJECT/SPLIT/*.parquet, or SUBJECT/SPLIT-*.parquet."""
     return any(folder.glob("*/*.parquet")) or any(folder.glob("*/*/*.parquet"))
 
 
 def read_parquet_task(task: str, folder: Path) -> list[Subject]:
-    """Its subjects, by category. Raises ConfigError or DataError."""
+    """The task's subjects, by category. Raises ConfigError or DataError."""
     name, split = split_of(task)
     return [
         Subject(key, title, category, _rows(folder, key, EXAMPLES), _rows(folder, key, SPLITS[name][split]))

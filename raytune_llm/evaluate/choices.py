@@ -169,7 +169,7 @@ def _score(correct: int, questions: int, *, in_table: bool) -> Score:
 
 
 def _write_letters(path: Path, letters: Letters) -> None:
-    """As LLaMA-Factory writes them: of each subject, the answers by the questions' numbers from 0."""
+    """Write the answers in LLaMA-Factory's format: for each subject, question number (from 0) -> letter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = {subject: {str(number): letter for number, letter in enumerate(found)} for subject, found in letters.items()}
     path.write_text(json.dumps(numbered, indent=2) + "\n")

@@ -28,7 +28,7 @@ class Score:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Score:
-        """As results.json has it, which doesn't say what is in the table, or as SCORES, which does."""
+        """Read an entry of results.json, which doesn't have IN_TABLE, or of SCORES, which does."""
         beside = {name: value for name, value in values.items() if name not in ("score", "stderr", IN_TABLE)}
         stderr = None if values["stderr"] is None else float(values["stderr"])
         return cls(float(values["score"]), stderr, beside, values.get(IN_TABLE, True))
@@ -65,8 +65,8 @@ SCORES = "scores.json"
 
 
 def found_results(folder: Path, made_from: Mapping[str, Any]) -> Scores | None:
-    """Those of an earlier evaluation there; None: there are none, or they are not whole. Raises ConfigError for those of another
-    one."""
+    """The scores of an earlier evaluation in the folder; None if there are none, or not all of them. Raises ConfigError if the
+    folder holds an evaluation of other models, tasks or settings."""
     if not (folder / RESULTS).exists():
         return None
     try:
@@ -88,7 +88,7 @@ def _scores(tasks: Mapping[str, Any]) -> TaskScores:
 
 
 def found_scores(folder: Path, made_from: Mapping[str, Any]) -> tuple[Mapping[str, Any], TaskScores] | None:
-    """What results.json says of the protocol, and one model's scores, as write_scores wrote them; None: there are none of these
+    """(the protocol's entry in results.json, one model's scores), as write_scores wrote them; None if there are none with these
     settings and files."""
     try:
         found = json.loads((folder / SCORES).read_text(encoding="utf-8"))

@@ -145,7 +145,7 @@ def _answers(folder: Path, name: str) -> Path:
 
 
 def _kept(folder: Path, groups: Sequence[Group], made_from: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], TaskScores]]:
-    """What results.json says of the protocol, and the scores, of models that an evaluation had asked before it ended."""
+    """Model -> (the protocol's entry in results.json, its scores), for models that an interrupted evaluation had finished."""
     names = [name for group in groups for name, _ in group.names]
     found = ((name, found_scores(_answers(folder, name), _of_model(made_from, name))) for name in names)
     return {name: one for name, one in found if one is not None}

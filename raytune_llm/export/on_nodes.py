@@ -40,9 +40,10 @@ def write_on_nodes(
     resources: Local | Cluster,
     on_bytes: Callable[[int], None],
 ) -> None:
-    """As many files at a time as resources.num_workers; auto: as there is room for. on_bytes: called with the size of each.
+    """Write the merged model's files: resources.num_workers at a time, with `auto` as many as the cluster has room for. on_bytes:
+    called with the size of each written tensor.
 
-    Raises ResourceError where a node does not see the files, or its process dies again and again.
+    Raises ResourceError if a node does not see the folders, or if a task's process dies again and again.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -89,7 +90,7 @@ def write_on_nodes(
 
 
 def _write(source: Source, facts: Sequence[TensorFact], path: Path) -> None:
-    """Beside its name, which only a whole file takes: a process that was given up may still write."""
+    """Write a file under another name, and rename it once it is complete: a process that was given up may still be writing."""
     adapters = [*source.under, *(adapter for adapter, _ in source.adapters)]
     folders = [source.folder, path.parent, *(Path(adapter.folder) for adapter in adapters)]
     if missing := [folder for folder in folders if not folder.is_dir()]:

@@ -139,7 +139,7 @@ def _place_of(run: ExportRun) -> Path:
 
 
 def _found(place: Path, settings: ExportConfig, source: Source) -> Exported:
-    """The existing export."""
+    """The export that exists in the place."""
     facts = json.loads((place / EXPORTED).read_text())
     difference = facts["difference"] and Difference(**facts["difference"])
     commit = _pushed(place, settings, source, facts["dtype"])

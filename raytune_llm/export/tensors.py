@@ -59,7 +59,7 @@ class Tensors(Protocol):
     def facts(self) -> Mapping[str, TensorFact]: ...
 
     def read(self, name: str) -> Tensor:
-        """In memory of its own, which the caller may change."""
+        """The tensor, in memory of its own that the caller may change."""
         ...
 
 

@@ -53,7 +53,7 @@ class Operations:
         return tokens * self.per_token + attention_pairs * self.per_pair
 
     def at_least(self, tokens: float, trained_tokens: float, *, first_layers_known: bool) -> float:
-        """Those that a run can't do without. first_layers_known: what layers before the first trained one give is kept from
+        """The FLOPs that a run can't avoid. first_layers_known: the output of layers before the first trained one is kept from
         earlier passes over the same tokens."""
         of_layers = self.per_token - self.of_head - (self.of_first if first_layers_known else 0.0)
         return tokens * of_layers + trained_tokens * self.of_head

@@ -41,7 +41,7 @@ class Translation:
 
     @property
     def refused(self) -> tuple[ArgumentOutcome, ...]:
-        """What there is to fix, without what is refused for the sake of another."""
+        """The refused arguments, without those that are only refused because of another one."""
         return tuple(outcome for outcome in self.of("refused") if outcome.refused_with is None)
 
     def of(self, kind: str) -> tuple[ArgumentOutcome, ...]:
@@ -67,7 +67,8 @@ def translate(given: Mapping[str, Any], *, world_size: int | None, dataset_info:
 
 
 def _type_rule(default: Any, value: Any) -> str | None:
-    """What a value must be, where it is not what the default says. A text can also be a list: all, or [q_proj, v_proj]."""
+    """The rule that the value breaks, if it has not the default's type; else None. A text can also be a list: all, or
+    [q_proj, v_proj]."""
     types: tuple[tuple[type | tuple[type, ...], type | tuple[type, ...], str], ...] = (
         (bool, bool, "must be true or false"),
         ((int, float), (int, float), "must be a number"),

@@ -124,7 +124,7 @@ def once_for_each_batch(base: PreTrainedModel) -> int:
 
 
 def kept_bytes(batches: int, batch_bytes: int) -> int:
-    """Of so many batches that are trained on, or so many others; batch_bytes: of the hidden states of one."""
+    """The memory for the outputs of this many batches, within MOST_BYTES. batch_bytes: the size of one batch's hidden states."""
     return min(batches, MOST_BYTES // max(batch_bytes, 1)) * batch_bytes
 
 

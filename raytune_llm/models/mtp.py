@@ -45,7 +45,7 @@ class PredictionLayers:
         return tensors
 
     def described(self) -> str | None:
-        """None for a model without them."""
+        """A sentence for the log about these layers; None for a model without them."""
         if not self.files:
             return None
         what = f"multi-token prediction: {len(self.files)} tensors of the base's files"

@@ -155,7 +155,7 @@ class AnsweringOnRay:
             yield self._value(*waiting.popleft())
 
     def _value(self, reference: Any, number: int) -> Any:
-        """What the actor of this number answers. Ray asks it again where its process dies, or stands still and is ended here."""
+        """The answer of this actor. If its process dies, or stands still and is ended here, Ray repeats the call."""
         while True:
             try:
                 value = self._ray.get(self._pulses[number].wait([reference]))

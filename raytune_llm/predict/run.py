@@ -253,7 +253,7 @@ def _measured(folder: Path, model: str | None, metrics: Iterable[Metric]) -> dic
 
 
 def _write_as_llamafactory(folder: Path, rows: PromptRows, numbers: Mapping[str, Any]) -> None:
-    """Its files, of one model. Prompts there have their special tokens."""
+    """Write the files of LLaMA-Factory's predict, for one model. Their prompts include special tokens."""
     theirs = []
     for row, one in zip(rows, lines(folder), strict=True):
         prompt = rows.tokenizer.decode(list(row.prompt_ids))

@@ -82,7 +82,7 @@ def score_scatter(chosen_P: Sequence[float], rejected_P: Sequence[float], path: 
 
 
 def literal(text: str) -> str:
-    """For matplotlib, which reads what is between two dollar signs as a formula."""
+    """The text with dollar signs escaped, since matplotlib reads what is between two of them as a formula."""
     return text.replace("$", r"\$")
 
 

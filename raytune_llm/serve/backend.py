@@ -155,8 +155,9 @@ class InProcessBackend:
             self._requests -= 1
 
     async def _submitted_apart(self, request: Request) -> Stream:
-        """In a thread, which can't be stopped: where nobody waits for it any more, its stream is cancelled when it is there. The
-        threads are for nothing else, so that large grammars delay grammars alone."""
+        """Submit the request in a thread, since compiling its grammar may take long. A thread can't be stopped: if the caller is
+        cancelled, the stream is cancelled as soon as it exists. The threads do nothing else, so that large grammars delay
+        only grammars."""
         submitting = asyncio.get_running_loop().run_in_executor(self._compiling, self._engine.submit, request)
         try:
             return await asyncio.shield(submitting)

@@ -58,7 +58,8 @@ ENGINES: dict[str, EngineKind] = {
 def build_engine(
     model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
 ) -> tuple[Engine, ModelFacts]:
-    """An adapter that changes the model itself is served alone, under its own name."""
+    """The engine with its adapters, and facts about its model. An adapter that changes the model itself is served alone, under
+    its own name."""
     kind = ENGINES[engine_settings.name]
     kind.check(engine_settings, model, quantization, served)
     alone = lone_adapter(served, engine_settings)
@@ -109,7 +110,7 @@ class LoneAdapter:
 
 
 def lone_adapter(served: ServedModels, engine_settings: EngineConfig) -> LoneAdapter | None:
-    """Raises ConfigError where there are others beside it."""
+    """The adapter that must be served alone, if there is one. Raises ConfigError if there are others beside it."""
     for name, folder in served.adapters.items():
         setting = f"{served.setting}.{name}"
         scores = task_of(folder, setting) == "SEQ_CLS" or has_separate_head(folder)
@@ -138,7 +139,7 @@ def check_base(served: ServedModels, engine_settings: EngineConfig, setting: str
 
 
 def other_bases(model: ModelConfig, served: ServedModels) -> list[str]:
-    """What to say of adapters that were trained on another model."""
+    """Warnings about adapters that were trained on another model."""
     said = (other_base(folder, f"{served.setting}.{name}", model.base_name) for name, folder in served.adapters.items())
     return [line for line in said if line is not None]
 
@@ -148,7 +149,7 @@ def base_name(model: ModelConfig, served: ServedModels) -> str:
 
 
 def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[int]]:
-    """With the chat template that it is asked by, and the tokens that end an answer; that of an adapter which adds tokens."""
+    """The tokenizer with its chat template, and the tokens that end an answer. An adapter that adds tokens brings its own."""
     named = served.adapters.items()
     of_adapter = next((folder for name, folder in named if token_ids_of(folder, f"{served.setting}.{name}")), None)
     tokenizer = load_tokenizer(
@@ -167,7 +168,7 @@ def tokenizer_of(model: ModelConfig, served: ServedModels) -> tuple[Any, list[in
 def check_servable(
     model: ModelConfig, quantization: QuantizationConfig, engine_settings: EngineConfig, served: ServedModels
 ) -> None:
-    """What a replica elsewhere would refuse, as far as it can be known without weights. Raises a UserError."""
+    """Raises the UserError with which a replica elsewhere would refuse the settings, as far as it is known without weights."""
     ENGINES[engine_settings.name].check(engine_settings, model, quantization, served)
     alone = lone_adapter(served, engine_settings)
     _, ends = tokenizer_of(model, served)
@@ -214,7 +215,7 @@ def _check_template(ends: list[int], config: PretrainedConfig, served: ServedMod
 
 
 def _configured_ends(path: str | None) -> list[int]:
-    """That the model's generation config names: training writes there what it taught answers to end with."""
+    """The end tokens in the model's generation config: training writes those there that it taught."""
     return end_ids_of(read_generation_config(path))
 
 

@@ -34,7 +34,7 @@ class HarmonySyntax:
 
     @classmethod
     def of(cls, template: str, prompt: str, *, tools: bool) -> HarmonySyntax | None:
-        """None: the template is of another format."""
+        """The syntax, if the template is harmony's; None for another format."""
         return cls(prompt.rpartition(ANSWER)[2], tools) if CHANNEL in template and MESSAGE in template else None
 
 

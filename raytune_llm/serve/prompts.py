@@ -135,7 +135,7 @@ class Prompts:
 
 
 def _message(message: ChatMessage) -> Message:
-    """With all keys that the message has, as in training, since some templates read names and ids."""
+    """The message for the chat template. It keeps all its keys, as in training, since some templates read names and ids."""
     calls = []
     for call in message.tool_calls or ():
         try:

@@ -85,7 +85,8 @@ class ReplicaBackend:
         return values
 
     async def serves(self, adapter: str) -> bool:
-        """By the last reports. They are renewed beside the requests: only one for an adapter that nobody reported waits."""
+        """Answers from the last reports, which are renewed in the background. Only a request for an adapter that no replica
+        reported waits for new ones."""
         if adapter not in self._names:
             await self.reports()
         elif self._stale and (self._renewing is None or self._renewing.done()):
@@ -143,14 +144,14 @@ class ReplicaBackend:
         return now_after(changes), max(folders, key=lambda one: one.at).folder if folders else self._adapters.get(name)
 
     async def _state_of(self, name: str) -> AdapterState | None:
-        """By new reports."""
+        """The adapter's state in new reports; None if no replica has it."""
         async with self._asking:
             await self._ask_again()
         return next((state for state in merge_adapters(self._reports) if state.name == name), None)
 
     async def _make(self, change: AdapterChange, *, undo: AdapterChange | None = None) -> list[Any]:
-        """Each replica's result of a change. Raises what one of them refuses it with. undo: restores the state before the change,
-        where others made it."""
+        """Make a change on all replicas and return their results. If one refuses it, raise its error and broadcast `undo`, which
+        restores the state of the others."""
         outcomes = await self._tell(change)
         failures = [one for one in outcomes if isinstance(one, Failure)]
         if failures and len(failures) < len(outcomes) and undo is not None:

@@ -32,7 +32,7 @@ class TokenBytes:
         self.of = lru_cache(MAX_CACHED)(self._of)
 
     def text(self, token: int) -> str:
-        """Its text. Bytes that are no text are written as in OpenAI's API: `bytes:\\xe2\\x80`."""
+        """The token's text. Bytes that are no text are written as in OpenAI's API: `bytes:\\xe2\\x80`."""
         held = self.of(token)
         try:
             return held.decode()
@@ -57,12 +57,12 @@ class TextOffsets:
     """The places of tokens in the text that they make, in characters. Special tokens are no part of it."""
 
     def __init__(self, tokens: TokenBytes, *, goes_on: bool = False) -> None:
-        """goes_on: a space that it begins with is kept."""
+        """goes_on: the text continues another one, so a space at its beginning is kept."""
         self._tokens, self._end, self._strips = tokens, 0, tokens.strips and not goes_on
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def place(self, token: int, *, is_shown: bool = False) -> int:
-        """Of the next token. is_shown: it is part of the text though it may be special."""
+        """The place of the next token. is_shown: the token is part of the text even if it is special."""
         place = self._end
         held = b"" if token in self._tokens.special and not is_shown else self._tokens.of(token)
         if place == 0 and self._strips:

@@ -130,7 +130,7 @@ class Watcher:
         self._notify(f"{name} is served ({place}, version {version[:12]})")
 
     def _add(self, name: str, place: Path) -> str | None:
-        """Its version; None: a checkpoint without an adapter."""
+        """Load the adapter and return its version; None for a checkpoint without an adapter."""
         checked_name(name, self._base_name)
         folder = checked_folder(str(place), [self._folder])
         if name in self._adapters and Path(self._adapters[name]).resolve() != folder:
@@ -153,7 +153,7 @@ class Watcher:
         return version
 
     def _gone(self, missing: Set[str]) -> list[str]:
-        """Those that are not being replaced."""
+        """The names that stay missing, and are not just being replaced."""
         if missing:
             time.sleep(REPLACED_S)
         return sorted(name for name in missing if not self._is_back(name))
@@ -184,7 +184,7 @@ class Watcher:
 
 
 def _adapters_of(run: Path) -> dict[str, tuple[Path, Stamp]]:
-    """Those of a run's folder, by the names under which they are served. Raises OSError."""
+    """Name under which an adapter of the run's folder is served -> its folder and stamp. Raises OSError."""
     found = {}
     if (stamp := _stamp(run / "final", "adapter_model.safetensors", "adapter_config.json")) is not None:
         found[run.name] = (run / "final", stamp)
@@ -195,7 +195,7 @@ def _adapters_of(run: Path) -> dict[str, tuple[Path, Stamp]]:
 
 
 def _stamp(folder: Path, *files: str) -> Stamp | None:
-    """None unless all of these files exist."""
+    """Inode, size and time of each of these files; None unless all exist."""
     try:
         found = [(folder / name).stat() for name in files]
     except OSError:

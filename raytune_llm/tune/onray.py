@@ -39,7 +39,7 @@ MESSAGES = "messages"
 
 
 class TrialProcess(Beating):
-    """The actor. `run` trains in one thread; reports and answers go by others meanwhile."""
+    """An actor that trains trials. `run` trains in one thread, while other threads pass reports and answers on."""
 
     def __init__(self, train: Train, tune: TuneConfig, cpus: float) -> None:
         from raytune_llm.runs.workspace import Workspace  # it loads torch, and the driver imports this file, too
@@ -58,7 +58,7 @@ class TrialProcess(Beating):
         return run_trial(run, self._metric, self._reported, self._train)
 
     def report(self) -> tuple[int, int, float]:
-        """The next one, when it comes."""
+        """The next report. Blocks until it comes."""
         return self._reports.get()
 
     def answer(self, goes_on: bool) -> None:
@@ -117,7 +117,7 @@ class ActorPlace:
         self._end()
 
     def yields(self) -> bool:
-        """End an actor that has nothing to train, which is started again when it has. False: there is none."""
+        """End the actor if it has nothing to train; the next trial starts it again. Returns False if there was none to end."""
         if not self._trains.acquire(blocking=False):
             return False
         try:
@@ -172,12 +172,12 @@ class TrainerPlace:
         return run_trial(replace(run, resources=resources), self._metric, reported, self._train)
 
     def close(self) -> None:
-        """A group goes with its trial, or with this process."""
+        """Nothing to do: a group ends with its trial, or with this process."""
 
 
 @contextmanager
 def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Iterator[list[Place]]:
-    """A cluster must be connected. runs: those that differ in what they need. What is started ends with the context."""
+    """The places of a sweep on the connected cluster. runs: one for each different need. The context ends what was started."""
     resources, tune = sweep.run.resources, sweep.tune
     assert uses_ray(resources)
     grouped = workers_of(resources) > 1 or not all(run.fits_one_process for run in runs)
@@ -197,8 +197,8 @@ def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Itera
 
 
 def fits(runs: Sequence[TrainRun], resources: Local | Cluster, *, on_gpu: bool) -> int:
-    """So many of the largest of these runs at once in the memory of a GPU, or of this host where there is none. At least one:
-    where a plan says that none fits, one is tried."""
+    """How many of the largest of these runs fit at once in the memory of a GPU, or of this host if there is none. At least one:
+    if a plan says that none fits, one is tried."""
     if on_gpu:
         return call_with({"CPU": 0.0, "GPU": 1.0}, resources, partial(_fits, runs))
     return _fits(runs)

@@ -201,7 +201,7 @@ def _label(value: Any, longest: int = LONGEST) -> str:
 
 
 def _turned(labels: Sequence[str], where: str) -> dict[str, Any]:
-    """How labels are set: aslant where they would run into each other."""
+    """The rotation of labels: slanted if they would overlap."""
     slots = len(labels) * (max(map(len, labels)) + 2)
     return {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slots > LETTERS[where] + 2 else {}
 

@@ -139,8 +139,8 @@ def choose(study: Study, chosen: Chosen) -> None:
 def _ready(
     sweep: Sweep, train: Train, train_together: TrainTogether | None, notify: Callable[[str], None]
 ) -> Iterator[RunTrials]:
-    """What trains the trials, once all is checked and prepared. torch is loaded here, with resources=local too: what runs ask of
-    the model is looked at on a model without weights, so that a sweep which can't be is refused before Ray starts."""
+    """A function that trains the trials, after everything is checked and prepared. torch is loaded here, even with
+    resources=local: the runs are checked on a model without weights, so that an impossible sweep is refused before Ray starts."""
     from torch.cuda import device_count
 
     from raytune_llm.runs import preflight
@@ -180,7 +180,7 @@ def _notify_of_schedule(sweep: Sweep, notify: Callable[[str], None]) -> None:
 
 
 def _checkpoint_bytes(run: TrainRun) -> int:
-    """At least: weights as they are saved in the end, and the optimizer's state of one worker."""
+    """The least size of a checkpoint: the weights as they are saved at the end, and the optimizer's state of one worker."""
     from raytune_llm.runs.plan import plan
 
     planned = plan(run)

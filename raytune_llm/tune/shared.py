@@ -33,10 +33,10 @@ of an 8B model made 6.3 times the tokens per second with 8 adapters of one's at 
 
 
 def trials_together(sweep: Sweep, room_for: Callable[[TrainRun], Room], *, gpus: int) -> tuple[int, str]:
-    """How many trials at a time are computed in one pass, and why; 1 where each has a pass of its own. room_for: of this
-    process's device. gpus: of this machine.
+    """How many trials are computed in one pass, and why; 1 if each has a pass of its own. room_for: the room on this process's
+    device. gpus: the number of this machine's GPUs.
 
-    Raises ConfigError where one pass is asked for and not even two trials fit in it.
+    Raises ConfigError if tune.share_base=true and not even two trials fit in a pass.
     """
     if sweep.tune.share_base is True:
         return _as_asked(sweep, room_for(_largest(sweep)))

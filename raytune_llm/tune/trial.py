@@ -168,8 +168,8 @@ def libraries_set_aside() -> Iterator[None]:
 
 
 def set_libraries_aside() -> None:
-    """What is loaded so far is not looked at when a trial's memory is freed: there are far more objects of libraries than
-    of a trial. To be called before the first model: what is set aside is not freed."""
+    """Exclude the objects that exist now from garbage collection, since libraries have far more of them than a trial. Call it
+    before the first model is built: excluded objects are never freed."""
     from raytune_llm.runs import worker  # noqa: F401  what trials compute with
 
     gc.collect()

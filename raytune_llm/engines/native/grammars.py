@@ -84,6 +84,6 @@ class Grammars:
 
 
 def _depth(text: str) -> int:
-    """Of the brackets of a JSON text, without those in strings."""
+    """The depth to which the brackets of a JSON text are nested. Brackets in strings don't count."""
     brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^{}\[\]"]+', "", text)
     return max(accumulate(1 if bracket in "{[" else -1 for bracket in brackets), default=0)

@@ -21,7 +21,7 @@ Pass = Callable[[int], Sequence[Any]]
 
 @dataclass(eq=False)
 class Passes:
-    """One request."""
+    """The passes of one request."""
 
     passes: Iterator[Pass]
     """The passes to compute. An iterator, since the next one may depend on earlier results."""
@@ -51,7 +51,7 @@ class Passes:
         return not self.begun or self.blocked_on is not None
 
     def compute(self) -> None:
-        """The next pass."""
+        """Compute the next pass."""
         assert self._next is not None
         self.results += self._next(self.slot)
         self._next = next(self.passes, None)

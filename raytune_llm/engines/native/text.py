@@ -88,7 +88,7 @@ class TextStream:
 
 
 def text_of(tokenizer: Any, request: Request, prompt_ids: Sequence[int]) -> TextStream:
-    """Of an engine's answer."""
+    """The text of an engine's answer to the request, as it grows."""
     sampling, after = request.sampling, prompt_ids if request.goes_on else ()
     return TextStream(tokenizer, sampling.stop, sampling.shown_ids, min_tokens=sampling.min_new_tokens, after=after)
 

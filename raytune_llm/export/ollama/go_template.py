@@ -21,7 +21,7 @@ class Scope:
     variables: dict[str, Any] = field(default_factory=dict)
 
     def value(self, path: str) -> Any:
-        """Of `.Content`, `$.System` or `$before`; None where there is none."""
+        """The value of a path such as `.Content`, `$.System` or `$before`; None if there is none."""
         start, _, rest = path.partition(".")
         found = self.dot if start == "" else self.root if start == "$" else self.variables[start]
         for name in filter(None, rest.split(".")):
@@ -42,7 +42,7 @@ class Test:
 
 
 def given(path: str) -> Test:
-    """Neither empty nor left out."""
+    """The test that the path's value exists and is not empty."""
     return Test(path, lambda scope: bool(scope.value(path)))
 
 
@@ -60,7 +60,7 @@ def both(first: Test, second: Test) -> Test:
 
 @dataclass(frozen=True)
 class Text:
-    """As a Go string: white space beside it stays as it is."""
+    """A text that is written as a Go string, so that white space beside it stays as it is."""
 
     string: str
 
@@ -138,7 +138,7 @@ class When:
 
 @dataclass(frozen=True)
 class Each:
-    """Each of the path's values, which is the dot in `node`; `number` has its place, from 0."""
+    """Repeats `node` for each of the path's values, which is the dot in it. `number` is the variable with its index."""
 
     path: str
     node: Node
@@ -157,7 +157,7 @@ class Each:
 
 @dataclass(frozen=True)
 class Begin:
-    """Makes a variable."""
+    """Declares a variable."""
 
     variable: str
     value: str | int | bool
@@ -172,7 +172,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Keep:
-    """Gives a variable the value of a path."""
+    """Assigns the value of a path to a variable."""
 
     variable: str
     path: str
@@ -186,5 +186,5 @@ class Keep:
 
 
 def _quoted(value: str | int | bool) -> str:
-    """In Go's syntax, whose escapes are JSON's."""
+    """The value in Go's syntax, whose escapes are JSON's."""
     return json.dumps(value, ensure_ascii=False)

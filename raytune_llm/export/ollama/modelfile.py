@@ -118,7 +118,7 @@ def said_of(tokenizer: Any, got: str) -> Said:
 
 
 def prompts_of(known: Written) -> list[Prompt]:
-    """All that it must say."""
+    """The conversations that the Go template must render as the chat template does."""
     tools = [] if known.tools is None else _with_tools(known)
     return [*map(Prompt, PLAIN), *tools, *([] if known.thinking is None else _with_thoughts(known))]
 
@@ -162,14 +162,14 @@ def _check(template: ChatTemplate, known: Written, prompts: Iterable[Prompt]) ->
 
 
 def _from_difference(text: str, other: str) -> str:
-    """What an error shows of it."""
+    """The part of `text` around its first difference from `other`, for an error."""
     same = next((n for n, (one, two) in enumerate(zip(text, other, strict=False)) if one != two), min(len(text), len(other)))
     start = max(0, same - SHOWN_CHARS)
     return f"{'...' if start else ''}{text[start : same + SHOWN_CHARS]!r}"
 
 
 def without_spaces(text: str) -> str:
-    """With each JSON object in it as Ollama writes it."""
+    """The text with each JSON object in it written as Ollama writes it: without spaces, its keys sorted."""
     pieces = []
     at = 0
     while (found := text.find("{", at)) >= 0:

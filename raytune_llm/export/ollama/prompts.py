@@ -1,4 +1,4 @@
-"""Conversations to ask a chat template and Ollama's template for, in the form of each."""
+"""Conversations that are rendered by a chat template and by Ollama's template, in the form that each of them reads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Prompt:
     thinking: bool | None = None
 
     def for_ollama(self) -> dict[str, Any]:
-        """What Ollama's template sees of it."""
+        """The values that Ollama's template gets for this conversation."""
         return {
             "System": "\n\n".join(message["content"] for message in self.messages if message["role"] == "system"),
             "Messages": [_for_ollama(message) for message in self.messages],
@@ -71,13 +71,13 @@ class Unsaid(Exception):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Of a tokenizer. begins: what llama.cpp puts before every text itself."""
+    """A tokenizer's chat template. begins: the text that llama.cpp itself puts before every prompt."""
 
     tokenizer: Any
     begins: str
 
     def text(self, prompt: Prompt, *, asks: bool = True) -> str:
-        """asks: with what begins an answer. Raises Unsaid where the template refuses the conversation."""
+        """The rendered conversation. asks: add the generation prompt. Raises Unsaid if the template refuses the conversation."""
         thinking = {} if prompt.thinking is None else {"enable_thinking": prompt.thinking}
         settings = {"tools": list(prompt.tools) or None, "tokenize": False, "add_generation_prompt": asks, **thinking}
         try:

@@ -45,7 +45,7 @@ LAST = Test("eq (len (slice $.Messages $i)) 1", lambda scope: scope.variables["$
 
 @dataclass(frozen=True)
 class Head:
-    """What is before the first question, with the beginning of its turn."""
+    """The text before the first question, including the beginning of its turn."""
 
     with_system: Sequence[Node | str]
     without: Sequence[Node | str]
@@ -55,14 +55,14 @@ class Head:
         return all(str(parts[-1]).endswith(text) for parts in (self.with_system, self.without))
 
     def node(self, *, less: str = "") -> Node:
-        """less: what is left out at the end."""
+        """less: a text to leave out at the end."""
         texts = [nodes(*parts[:-1], str(parts[-1]).removesuffix(less)) for parts in (self.with_system, self.without)]
         return When(given("$.System"), *texts)
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What is around the calls of an answer."""
+    """The texts around the calls of an answer."""
 
     start: str
     """What its turn starts with in every case."""
@@ -110,7 +110,7 @@ class Written:
     question: tuple[str, str]
     answer: tuple[str, str]
     start: str
-    """What asks for an answer."""
+    """The generation prompt."""
     tools: Tools | None = None
     thinking: Thinking | None = None
 
@@ -171,7 +171,7 @@ class Written:
 
 
 def written(template: ChatTemplate) -> Written:
-    """Without tools and thoughts. Raises Unsaid where a part is not where it must be."""
+    """The parts that a conversation without tools and thoughts is made of. Raises Unsaid if one is not in its place."""
     ask, asked = template.text(Prompt([user(ASKED)])), template.text(Prompt([user(ASKED)]), asks=False)
     answered = [user(ASKED), answer(ANSWERED)]
     after_question = _cut(asked, ASKED)[-1]
@@ -231,10 +231,10 @@ def thinking_of(template: ChatTemplate, known: Written) -> Thinking:
 
 
 def _calls(template: ChatTemplate, known: Written, calls: Sequence[Call]) -> tuple[Calls, str]:
-    """And the text from the end of the answer to a result."""
+    """(the texts around these calls, the text from the end of the answer to a result)."""
 
     def around(remark: str, *results: Message) -> tuple[str, list[str]]:
-        """What is before the first call, and what is between and after calls."""
+        """(the text before the first call, the texts between and after calls)."""
         _, text = _cut(template.text(Prompt([user(ASKED), answer(remark, calls=calls), *results], TOOLS), asks=False), ASKED)
         pieces = []
         for name, arguments in calls:
@@ -258,7 +258,7 @@ def _calls(template: ChatTemplate, known: Written, calls: Sequence[Call]) -> tup
 
 
 def _declared(text: str) -> list[Node | str]:
-    """With the tools of Ollama in place of ours. The last is a str."""
+    """The text with a loop over Ollama's tools in place of TOOLS. The last item is a str."""
     pieces: list[str] = []
     whole = False
     for declared in TOOLS:
@@ -277,7 +277,7 @@ def _declared(text: str) -> list[Node | str]:
 
 
 def _until(text: str, value: Mapping[str, Any]) -> tuple[str, str]:
-    """What is before and after the value, written as JSON in whatever spaces."""
+    """The texts before and after the value, which is written as JSON with any spaces. Raises Unsaid if it is not there."""
     at = text.find("{")
     while at >= 0:
         try:
@@ -291,7 +291,7 @@ def _until(text: str, value: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _cut(text: str, *marks: str) -> list[str]:
-    """What is before, between and after the marks."""
+    """The texts before, between and after the marks. Raises Unsaid if one is missing."""
     pieces = []
     for mark in marks:
         before, found, text = text.partition(mark)
@@ -302,7 +302,7 @@ def _cut(text: str, *marks: str) -> list[str]:
 
 
 def _shared(*texts: str) -> str:
-    """What all of them start with."""
+    """The longest common beginning of the texts."""
     same = takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))
     return "".join(chars[0] for chars in same)
 

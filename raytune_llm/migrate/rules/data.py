@@ -101,7 +101,7 @@ def packing(stage: str, packing: bool | None, neat_packing: bool) -> Settings:
 
 
 def max_length(cutoff_len: int, stage: str, packing: bool | None) -> Settings:
-    """And its way of cutting rows to it. Texts that are packed end to end are not cut."""
+    """Sets the length, and LLaMA-Factory's way of cutting rows to it. Texts that are packed end to end are not cut."""
     if stage == "pt" and packing is not False:
         return {"data.max_length": cutoff_len}
     return {"data.max_length": cutoff_len, "data.overlong": "llamafactory"}

@@ -236,7 +236,7 @@ def new_blocks(
 
 
 def _num_layers(model_name_or_path: str | None, find: Find) -> int | None:
-    """Of a model in a folder."""
+    """The number of layers of a model in a folder; None if its config can't be read."""
     found = None if model_name_or_path is None else find(str(Path(model_name_or_path, "config.json")))
     if found is None:
         return None

@@ -182,7 +182,7 @@ def _backward_on_cpu(
 
 
 def _slices(cu_seqlens: Tensor) -> list[slice]:
-    """Of the documents that have tokens."""
+    """The tokens of each document that has some."""
     return [slice(start, end) for start, end in pairwise(cu_seqlens.tolist()) if start < end]
 
 

@@ -75,7 +75,7 @@ def needs_lines(config: PretrainedConfig, model_class: type[PreTrainedModel] | N
 
 
 def computes_by_itself(config: PretrainedConfig) -> bool:
-    """Whether it is of a model whose own code computes attention."""
+    """Whether the config is of a model whose own code computes attention."""
     own = own_class(config)
     return own is not None and _mixes(config, own) is not None
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Scores(NamedTuple):
-    """What is done to the scores of a layer."""
+    """How a layer changes its attention scores before and in the softmax."""
 
     scaling: float | None
     """None: 1 / sqrt(Dh)."""

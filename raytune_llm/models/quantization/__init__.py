@@ -50,7 +50,7 @@ QUANTIZATIONS: dict[str, type[Quantization] | None] = {
 
 
 def quantization_of(section: QuantizationConfig) -> Quantization | None:
-    """None if nothing is quantized."""
+    """The quantization that the section chooses; None if nothing is quantized."""
     kind = QUANTIZATIONS[section.name]
     return None if kind is None else kind(**settings_of(section))
 
@@ -131,14 +131,14 @@ def replace(linears: list[Found], kind: Callable[[nn.Linear], nn.Module], reads_
 
 
 def _on(weight: Any, device: torch.device) -> nn.Parameter:
-    """Of a frozen parameter."""
+    """The frozen parameter on the device, read from its file if it is not in memory yet."""
     if isinstance(weight, Stored):
         return weight.read(device)
     return weight if weight.device == device else nn.Parameter(weight.detach().to(device), requires_grad=False)
 
 
 def described(layers: Iterable[nn.Module], section: QuantizationConfig) -> str | None:
-    """How many layers were replaced, and which were left; None without quantization."""
+    """A sentence for the log: how many layers were replaced, and which were not; None without quantization."""
     quantization = quantization_of(section)
     if quantization is None:
         return None

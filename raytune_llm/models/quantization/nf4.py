@@ -98,7 +98,7 @@ class Reshaped(nn.Module):
 
 
 def packed_shapes(model: nn.Module) -> dict[nn.Parameter, torch.Size]:
-    """Of packed experts the shape [E, N, K] that they are unpacked to."""
+    """The parameter of packed experts -> the shape [E, N, K] that they are unpacked to."""
     lists = (module for module in model.modules() if isinstance(module, parametrize.ParametrizationList))
     return {one.get_parameter("original"): last.shape for one in lists if isinstance(last := one[-1], Reshaped)}
 

@@ -114,7 +114,7 @@ class ChatResponse:
         }
 
     def _parts(self, index: int, text: str, *, final: bool) -> list[tuple[OutputPart, int]]:
-        """Each with the number of the newest call."""
+        """The new parts of a choice's answer, each with the number of the newest call."""
         parser = self._parsers[index]
         parts = parser.push(text) if text else []
         kept: list[tuple[OutputPart, int]] = []

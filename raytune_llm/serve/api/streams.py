@@ -101,7 +101,7 @@ async def events(
 
 
 def _event(data: dict[str, Any]) -> str:
-    """In ASCII: some clients take other characters for line breaks, such as U+2028."""
+    """The event in ASCII, since some clients take characters such as U+2028 for line breaks."""
     return f"data: {json.dumps(data)}\n\n"
 
 
@@ -121,6 +121,6 @@ async def before_disconnect(request: Request, work: Awaitable[Any]) -> Any:
 
 
 async def _disconnected(request: Request) -> None:
-    """Its body was read, so that no other message is left."""
+    """Wait until the client disconnects. The request's body has been read, so no other message comes."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -26,7 +26,7 @@ class Format(ABC):
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """For a checkpoint that can be read."""
+        """The format of a checkpoint with this quantization_config."""
         return cls()
 
     @abstractmethod

@@ -47,7 +47,7 @@ class Reader(HfQuantizer):
         return {"dequantize": Unpack}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """Where weights that are not quantized have a name of their own, they are none of this."""
+        """The conversion of quantized weights. Others have names of their own in the files, and are not converted."""
         return [WeightConverter(list(self.format.PARTS), WEIGHT, [Unpack(self)])]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
