@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import ssl
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from raytune_llm.cluster.package import write_zip
 from raytune_llm.config.packed import pack
+from raytune_llm.config.submit import check_address
 from raytune_llm.errors import ConfigError, ResourceError, first_line
 
 SILENT_S = 30.0
@@ -64,6 +66,10 @@ class Job:
         """Why the job failed, in one line."""
         if self.status == "FAILED" and self.exit_code is not None:
             return f"its driver ended with exit code {self.exit_code}"
+        if self.message.startswith("runtime_env setup failed"):
+            of_pip = re.findall(r"^ *ERROR: (.+)", self.message, re.MULTILINE)
+            lines = of_pip or self.message.strip().splitlines()[-1:]
+            return f"its packages, image or files could not be set up: {'; '.join(lines).strip(' .')}"
         return self.message.splitlines()[0] if self.message else "no reason was given"
 
     @property
@@ -245,14 +251,23 @@ class Jobs:
                 f"{self.address} {what}", "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's."
             ) from None
         except (ConnectionError, OSError) as error:
-            raise ResourceError(
-                f"no Ray dashboard answers at {self.address} ({first_line(error)})",
-                "Start the head with --include-dashboard=true, or forward its port 8265 to this machine.",
-            ) from None
+            cause = _first_of(error)
+            fix = "Start the head with --include-dashboard=true, or forward its port 8265 to this machine."
+            if isinstance(cause, ssl.SSLError):
+                fix = "Write http:// for a dashboard without TLS; SSL_CERT_FILE and REQUESTS_CA_BUNDLE name your own authority."
+            what = getattr(cause, "strerror", None) or first_line(cause)
+            raise ResourceError(f"no Ray dashboard answers at {self.address} ({what})", fix) from None
         except RuntimeError as error:
             if "does not exist" in str(error):
                 raise ConfigError("job", f"must be a job of {self.address}: {str(error).strip()}") from None
             raise ResourceError(f"{self.address} refused: {_said(error)}") from None
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Where the error comes from. Ray and requests wrap what the system said several times."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 async def _close(lines: AsyncGenerator[str, None]) -> None:
@@ -266,8 +281,11 @@ async def _close(lines: AsyncGenerator[str, None]) -> None:
 
 def address_of(setting: str | None) -> str:
     """The address in the setting or the environment. Raises ConfigError if there is none."""
-    address = setting or next((os.environ[name] for name in ADDRESSES if os.environ.get(name, "").startswith("http")), None)
-    if address is None:
+    of_jobs, of_ray = (os.environ.get(name, "") for name in ADDRESSES)
+    if not setting and of_jobs:
+        check_address(ADDRESSES[0], of_jobs)
+    address = setting or of_jobs or (of_ray if of_ray.startswith("http") else "")
+    if not address:
         raise ConfigError(
             "submit.address",
             "must be given if RAY_API_SERVER_ADDRESS is not set",

@@ -14,6 +14,7 @@ from raytune_llm.config import sweep
 from raytune_llm.config.load import load_config, load_text, run_under_hydra
 from raytune_llm.config.override_syntax import quoted
 from raytune_llm.config.packed import unpack
+from raytune_llm.config.run import RUNS
 from raytune_llm.errors import ConfigError
 
 HYDRA_FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -119,13 +120,24 @@ def _setting_at(verb: str, place: int, word: str) -> str:
 def load(call: Call) -> Any:
     if call.verb == sweep.VERB and call.overrides[:1] == ["resume"]:
         return sweep.load_paused(call.overrides[1:])
-    if call.verb == "submit" and call.overrides[:1] == [sweep.VERB]:
-        return sweep.load_submitted(call.overrides[1:], config_dir=call.config_dir, config_name=call.config_name)
+    if call.verb == "submit" and call.overrides and call.overrides[0] in RUNS:
+        return _load_submitted(call)
     if call.verb == sweep.VERB:
         return sweep.load_sweep(call.overrides, config_dir=call.config_dir, config_name=call.config_name)
     if call.config_env is not None:
         return load_text(call.verb, unpack(call.config_env), call.overrides)
     return load_config(call.verb, call.overrides, config_dir=call.config_dir, config_name=call.config_name)
+
+
+def _load_submitted(call: Call) -> Any:
+    """`submit train ...` is `submit ...`. Raises ConfigError for a verb that is no run and no sweep."""
+    verb, *words = call.overrides
+    if verb == sweep.VERB:
+        return sweep.load_submitted(words, config_dir=call.config_dir, config_name=call.config_name)
+    if verb == "train":
+        return load_config(call.verb, words, config_dir=call.config_dir, config_name=call.config_name)
+    fix = f"For example, ray job submit --address http://head:8265 --working-dir . -- python -m raytune_llm {verb} ..."
+    raise ConfigError("submit", "sends runs and, as submit tune, sweeps; Ray itself sends other commands", got=verb, fix=fix)
 
 
 def with_option(argv: Sequence[str], option: str) -> list[str] | None:

@@ -87,6 +87,7 @@ ANY_KEY = (
     "predict.adapters",
     "export.adapters",
     "export.weights",
+    "submit.env",
     "steps",
     "also",
 )

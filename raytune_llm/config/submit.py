@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -20,13 +21,20 @@ class JobServer:
     `<results>/<job>/`."""
 
     def __post_init__(self) -> None:
-        if self.address is not None and not self.address.startswith(("http://", "https://")):
-            raise ConfigError(
-                "submit.address",
-                "must be the address of the cluster's dashboard",
-                got=self.address,
-                fix="For example, submit.address=http://head:8265.",
-            )
+        if self.address is not None:
+            check_address("submit.address", self.address)
+
+
+def check_address(setting: str, address: str) -> None:
+    """Raises ConfigError, which names the setting or the variable, for what is no URL with a host."""
+    try:
+        url = urlsplit(address)
+        is_one = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        is_one = False
+    if not is_one:
+        rule, fix = "must be the address of the cluster's dashboard", f"For example, {setting}=http://head:8265."
+        raise ConfigError(setting, rule, got=address, fix=fix)
 
 
 @section

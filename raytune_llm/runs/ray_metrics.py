@@ -7,9 +7,11 @@ a value that is not set for about 20 s, so each is set repeatedly until a newer 
 from __future__ import annotations
 
 import math
+import string
 import threading
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 GAUGES = {
     "step": "Optimizer steps that are done",
@@ -38,7 +40,7 @@ class RayMetrics:
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge
 
-        self._tags = {"run": run}
+        self._tags = {"run": quote(run, safe=string.printable)}  # Ray refuses values that are not ASCII
         self._gauges = {name: Gauge(f"{PREFIX}{name}", text, tag_keys=("run",)) for name, text in GAUGES.items()}
         self._values: dict[str, float] = {}
         self._closed = threading.Event()

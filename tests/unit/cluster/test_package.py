@@ -109,3 +109,29 @@ def test_a_requirements_file_is_read_here(tmp_path):
     assert requirements(str(tmp_path / "more.txt")) == ["rich==14.0"]
     with pytest.raises(ConfigError, match=r"submit\.requirements must be pinned or a file"):
         requirements("no_such.txt")
+    lines = "six  # why\n--index-url https://mirror/simple\nnumpy==2.0 \\\n  --hash=sha256:abc\nmine @ https://host/mine.whl\n"
+    (tmp_path / "more.txt").write_text(lines)
+    numpy = "numpy==2.0    --hash=sha256:abc"
+    assert requirements(str(tmp_path / "more.txt")) == [
+        "six",
+        "--index-url https://mirror/simple",
+        numpy,
+        "mine @ https://host/mine.whl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"-r other.txt", "must have no lines that name other files"),
+        (b"-c ../constraints.txt", "must have no lines that name other files"),
+        (b"./mine-1.0.whl", "must have no lines that name other files"),
+        (b"-e .", "must have no lines that name other files"),
+        (b"rich=14.0", "must have lines that pip can read"),
+        (b"\xff\xfe", "it is not in UTF-8"),
+    ],
+)
+def test_requirements_that_no_node_could_install_are_refused_here(tmp_path, line, said):
+    (tmp_path / "more.txt").write_bytes(line)
+    with pytest.raises(ConfigError, match=said):
+        requirements(str(tmp_path / "more.txt"))

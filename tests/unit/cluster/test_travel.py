@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,35 @@ def test_a_file_that_travels_is_found_in_the_job_s_folder(folder, path):
 
 def test_a_folder_that_travels_is_found_there(folder):
     assert there(folder, "data.path=data").data.path == "data"
+
+
+def test_a_path_is_found_by_any_way_that_leads_to_it(folder, monkeypatch):
+    (folder / "link.jsonl").symlink_to("data/rows.jsonl")
+    (folder / "linked").symlink_to("data")
+    for path in ("data/../data/rows.jsonl", "linked/rows.jsonl", f"../{folder.name}/data/rows.jsonl"):
+        assert there(folder, f"data.path={path}").data.path in ("data/rows.jsonl", "link.jsonl")
+    assert there(folder, "data.path=linked").data.path == "data"
+    monkeypatch.chdir(folder / "data")
+    assert there(folder.joinpath("data", ".."), "data.path=rows.jsonl").data.path in ("data/rows.jsonl", "link.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("outside/rows.jsonl", "a link leads out of submit.folder"),
+        ("../none.jsonl", "it is not in submit.folder"),
+        ("data/none.jsonl", "it is not in submit.folder"),
+        ("left_out.jsonl", "git or submit.ignore leaves it out"),
+        ("dangling", "it is not in submit.folder"),
+    ],
+)
+def test_why_a_file_is_not_sent_is_told(folder, tmp_path_factory, path, why):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "rows.jsonl").touch()
+    (folder / "outside").symlink_to(outside)
+    (folder / "dangling").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=rf"data\.path must be sent with the job or .*: {why}"):
+        there(folder, f"data.path={path}")
 
 
 def test_rows_of_a_folder_that_would_be_missing_in_the_job_are_refused(folder):
@@ -167,8 +197,23 @@ def test_the_address_is_the_dashboard_s(monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265/")
     assert address_of(None) == "http://10.0.0.1:8265"
     assert address_of("http://other:1") == "http://other:1"
-    with pytest.raises(ConfigError, match=r"submit\.address must be the address of the cluster's dashboard, got '10"):
-        load_config("jobs", ["submit.address=10.0.0.1:6379"])
+    for wrong in ("10.0.0.1:6379", "ray://head:10001", "http://", "http://[::1", "http://head:port", "http://head:0"):
+        with pytest.raises(ConfigError, match=r"submit\.address must be the address of the cluster's dashboard, got "):
+            load_config("jobs", [f"submit.address={wrong}"])
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "10.0.0.1:8265")
+    with pytest.raises(ConfigError, match=r"RAY_API_SERVER_ADDRESS must be the address of the cluster's dashboard, got '10"):
+        address_of(None)
+
+
+def test_why_no_dashboard_answers_is_told():
+    with socket.socket() as silent:  # it has the port, and does not listen
+        silent.bind(("127.0.0.1", 0))
+        with pytest.raises(ResourceError, match=r"answers at \S+ \(Connection refused\)\. Start the head"):
+            Jobs(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as without_tls:
+        threading.Thread(target=lambda: without_tls.accept()[0].sendall(b"HTTP/1.1 200 OK\r\n\r\n"), daemon=True).start()
+        with pytest.raises(ResourceError, match=r"\(\[SSL.*\)\. Write http:// for a dashboard without TLS"):
+            Jobs(f"https://127.0.0.1:{without_tls.getsockname()[1]}")
 
 
 def test_an_address_of_others_without_a_token_is_warned_of(monkeypatch, tmp_path):
@@ -198,6 +243,32 @@ def test_asking_for_a_cluster_s_jobs_leaves_a_ray_that_is_loaded_as_it_is(monkey
 def test_the_driver_s_exit_code_is_passed_on(status, code, outcome):
     job = Job(id="a", run="a", status=status, message="", exit_code=code, started=None, ended=None, output_dir=None)
     assert job.outcome == outcome
+
+
+PIP = """runtime_env setup failed: Failed to set up runtime environment.
+Could not create the actor because its associated runtime env failed to be created.
+[Node 10.0.0.2] Traceback (most recent call last):
+  File "pip.py", line 252, in _install_pip_packages
+ray.SubprocessCalledProcessError: Run cmd[9] failed with the following details.
+Last 50 lines of stdout:
+    Looking in indexes: https://pypi.org/simple
+    ERROR: Could not find a version that satisfies the requirement nosuch==9.9 (from versions: none)
+    ERROR: No matching distribution found for nosuch==9.9
+"""
+
+
+def test_the_package_that_pip_does_not_find_is_why_a_job_failed():
+    job = Job(id="a", run="a", status="FAILED", message=PIP, exit_code=None, started=None, ended=None, output_dir=None)
+    assert job.reason.endswith("(from versions: none); No matching distribution found for nosuch==9.9")
+    assert "No module named podman" in replace(job, message="runtime_env setup failed: a\nE: No module named podman.").reason
+
+
+def test_what_submit_sends(folder):
+    run = ["model=tiny_random", "data.path=data/rows.jsonl", "output_dir=/shared/run", "submit.address=http://head:8265"]
+    as_train, plain = (command_line.load(command_line.parse("submit", [*words, *run])) for words in (["train"], []))
+    assert as_train == plain
+    with pytest.raises(ConfigError, match=r"submit sends runs and, .*, got 'predict'\. For example, ray job submit"):
+        command_line.load(command_line.parse("submit", ["predict", *run]))
 
 
 def test_tokens_go_where_the_cluster_sees_them_not_to_this_machine_s_home(folder):

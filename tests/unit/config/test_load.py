@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from raytune_llm import ConfigError, api, load_config, load_sweep
 from raytune_llm.config import options, override_syntax
+from raytune_llm.config.load import ANY_KEY
+from raytune_llm.config.overrides import CONF
 from raytune_llm.config.paths import with_absolute_paths
-from raytune_llm.config.plain import to_yaml
+from raytune_llm.config.plain import flat_items, read_yaml, to_yaml
 
 DATA = "data.path=rows.jsonl"
 STREAM = ["data.streaming=true", "train.max_steps=9", "checkpoint.every_steps=3"]
@@ -87,6 +89,17 @@ def test_every_key_can_be_overridden_without_a_plus_sign():
     assert run.model.config == {"rope_theta": 1e5}
     assert run.optimizer.lr == 3e-4
     assert run.resources.num_workers == 2
+
+
+def test_settings_whose_keys_are_the_user_s_choice_take_them_without_a_plus_sign():
+    for file in CONF.rglob("*.yaml"):
+        section = ".".join(file.relative_to(CONF).parent.parts)
+        for name, value in flat_items(read_yaml(file, setting="conf")):
+            if value == {}:
+                assert f"{section}.{name}".lstrip(".") in ANY_KEY
+    for word in ("submit.env={TRIAL: one}", "submit.env.TRIAL=one"):
+        run = load_config("submit", ["+experiment=sft_full_tiny", "submit.address=http://head:8265", word])
+        assert run.submit.env == {"TRIAL": "one"}
 
 
 def test_served_adapters_are_named_on_the_command_line(tmp_path, monkeypatch):

@@ -48,3 +48,10 @@ def test_a_value_is_set_again_until_a_newer_one_comes_or_the_run_ends(monkeypatc
     metrics.close()
     metrics._thread.join()
     assert values == sorted(values) and values.count(2.0) >= 3 <= values.count(3.0)
+
+
+def test_a_run_may_have_a_name_in_any_script():
+    metrics = RayMetrics("прогон-ö 1%")
+    metrics.measured("step", 1.0)
+    metrics.close()
+    assert metrics._tags == {"run": "%D0%BF%D1%80%D0%BE%D0%B3%D0%BE%D0%BD-%C3%B6 1%"}
