@@ -27,9 +27,8 @@ from raytune_llm.tune.trial import FAILURES, Listener, Outcome, Reported, Stoppe
 TrainTogether = Callable[..., Sequence[Any]]
 """api.train_together."""
 PAYS_BELOW = 2048
-"""Tokens of a trial's pass on a GPU: with more, several trials in one pass are hardly faster. On one H100, a loop over 8 layers
-of an 8B model made 6.3 times the tokens per second with 8 adapters of one's at 256 tokens, 2.1 times at 1,024, and as many at
-4,096. On a CPU one pass is never faster by itself."""
+"""Tokens of a trial's pass on a GPU: with more, several trials in one pass are hardly faster (`scripts/bench shared_base`). On
+a CPU one pass is never faster by itself."""
 
 
 def trials_together(sweep: Sweep, room_for: Callable[[TrainRun], Room], *, gpus: int) -> tuple[int, str]:

@@ -3,7 +3,7 @@
 The ids equal those of `apply_chat_template`: the template writes the special tokens, and none is added. If a text was cut into
 pieces, each piece is encoded by itself; a piece that only looks like a control token is encoded character by character.
 
-The tokenizer can return the character offsets of tokens, but then takes half as long again. So the tokens of an answer are found
+The tokenizer can return the character offsets of tokens, but this makes it slower. So the tokens of an answer are found
 from special tokens instead, which no other token crosses: an answer ends with one, and begins a short header (such as `assistant`
 and a newline) after one. Each row is checked for this; rows where it does not hold are encoded with offsets. In a text of pieces,
 answers are pieces.

@@ -330,7 +330,7 @@ def _stable(cu_seqlens_S: Tensor, max_seqlen: int) -> tuple[Tensor, int]:
     """The boundaries in a form that does not make torch.compile recompile the layers for each batch.
 
     The number of boundaries is marked as dynamic. max_seqlen is only an upper bound for FlashAttention, so it is rounded up to a
-    power of two of at least 1,024, which leaves few values. Blocks past a document's end return at once (0.3% of a step).
+    power of two of at least 1,024, which leaves few values. Blocks past a document's end return at once.
     """
     torch._dynamo.maybe_mark_dynamic(cu_seqlens_S, 0)
     return cu_seqlens_S, max(1 << (max_seqlen - 1).bit_length(), 1024)
