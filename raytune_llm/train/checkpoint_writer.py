@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -26,6 +28,8 @@ from torch.futures import Future
 
 PARTS, PART_BYTES = 4, 2**28
 """The largest number of files that one process writes at once, and the least size of each of several."""
+PIECE_BYTES = 2**26
+"""After so many bytes the disk is asked to begin with them."""
 
 
 class StateWriter(FileSystemWriter):
@@ -82,16 +86,31 @@ class HashedFiles(FileSystem):
 
 
 class HashedStream(io.IOBase):
+    """A file that is hashed and sent to the disk while it is written. By itself, Linux would begin to write once a tenth of the
+    memory is waiting for it, which may be all of a checkpoint."""
+
     def __init__(self, stream: io.IOBase) -> None:
         self._stream = cast(Any, stream)
+        self._sent = 0
         self.digest = hashlib.sha256()
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._stream.write(data)
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
+            self.digest.update(piece)
+            self._stream.write(piece)
+            self._send()
+        return len(view)
+
+    def _send(self) -> None:
+        written = self._stream.tell()
+        if written - self._sent >= PIECE_BYTES and sys.platform == "linux":
+            os.posix_fadvise(self.fileno(), self._sent, written - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = written
 
     def tell(self) -> int:
         return self._stream.tell()

@@ -29,11 +29,11 @@ class Staging:
 
     def reserve(self, like: Mapping[str, Tensor]) -> None:
         """Take pinned memory for copies of such tensors, which may be on the meta device. To be called in another thread while
-        training goes on: kernels can't start while CUDA pins memory, so each pause is as long as the pinning before it."""
+        training goes on: kernels can't start while CUDA pins memory, so each pause is half as long as the pinning before it."""
         for name, value in like.items():
             began = time.perf_counter()
             self._memory(name, value, pinned=True)
-            if self._enough.wait(time.perf_counter() - began):
+            if self._enough.wait((time.perf_counter() - began) / 2):
                 return
 
     def stop_reserving(self) -> None:

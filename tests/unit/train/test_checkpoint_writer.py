@@ -25,9 +25,11 @@ def written(folder: Path) -> StateWriter:
     return writer
 
 
+@pytest.mark.parametrize("piece_bytes", [2**26, 100])
 @pytest.mark.parametrize(("part_bytes", "files"), [(2**28, 1), (8_000, 2), (100, 4)])
-def test_a_state_is_read_back_whole_from_one_file_or_several(tmp_path, monkeypatch, part_bytes, files):
+def test_a_state_is_read_back_whole_from_one_file_or_several(tmp_path, monkeypatch, part_bytes, files, piece_bytes):
     monkeypatch.setattr(checkpoint_writer, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(checkpoint_writer, "PIECE_BYTES", piece_bytes)
     writer = written(tmp_path)
     data = sorted(tmp_path.glob("__0_*.distcp"))
     assert len(data) == files and max(file.stat().st_size for file in data) < 2 * min(file.stat().st_size for file in data)
