@@ -12,20 +12,17 @@ from raytune_llm import api
 from raytune_llm.runs import plan
 from raytune_llm.runs.plan import Device
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "plan-1x-nvidia-h200-2026-11-30.json"
-MEASURED = json.loads(RESULTS.read_text())["results"]
+RESULTS = sorted((Path(__file__).parents[3] / "benchmarks" / "results").glob("plan-1x-nvidia-h200-*.json"))
+MEASURED = {case: found for path in RESULTS for case, found in json.loads(path.read_text())["results"].items()}
 SOME = (
     "adapter=none", "adapter=freeze", "adapter=llama_pro", "adapter=lora", "adapter=dora", "adapter=oft", "adapter=vera",
     "adapter=ia3", "quantization=bnb_nf4", "quantization=bnb_int8", "adapter=ia3 quantization=bnb_int8", "adapter.dropout=0.1",
     "adapter.rank=64", "adapter.last_layers=2", "optimizer=adamw_8bit", "optimizer=galore", "optimizer=muon", "optimizer=sgd",
-    "stage=dpo", "stage=reward", "stage=kto", "stage=dpo adapter=none", "train.activation_checkpointing=full",
+    "optimizer=adalomo", "stage=dpo", "stage=reward", "stage=kto", "stage=dpo adapter=none",
+    "train.activation_checkpointing=full",
     "train.precision=bf16 adapter=none", "train.micro_batch_size=2",
 )  # fmt: skip
-
-
-UNMEASURED = {"optimizer=lomo", "optimizer=adalomo"}
-"""Those that ran on a CPU alone."""
-MORE = [pytest.param(case, marks=pytest.mark.long) for case in CASES if case not in {*SOME, *UNMEASURED}]
+MORE = [pytest.param(case, marks=pytest.mark.long) for case in CASES if case not in SOME]
 
 
 @pytest.mark.parametrize("case", [*SOME, *MORE])
