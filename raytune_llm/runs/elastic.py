@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from raytune_llm.report.updates import Notice
 from raytune_llm.runs.group_size import missing_room
-from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there
+from raytune_llm.runs.live_nodes import LOOK_EVERY_S, LiveNode, nodes_there
 from raytune_llm.runs.nodes import workers_that_fit
 from raytune_llm.runs.outcome import TrainOutcome
 
@@ -25,16 +25,16 @@ RELEASED_WITHIN_S = 20.0
 """Longest wait for the resources of an ended group. After that, another job must have taken them."""
 
 
-def largest(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float], *, held: int = 0) -> int | None:
+def largest(counts: Sequence[int], nodes: Sequence[LiveNode], each: Mapping[str, float], *, held: int = 0) -> int | None:
     """The largest of these numbers of workers that fits now; None if none fits. held: the number of running workers, whose room
     counts as free."""
     room = held + sum(workers_that_fit(node.free, each) for node in nodes)
     return max((count for count in counts if count <= room), default=None)
 
 
-def largest_ever(counts: Sequence[int], nodes: Sequence[Node], each: Mapping[str, float]) -> int | None:
+def largest_ever(counts: Sequence[int], nodes: Sequence[LiveNode], each: Mapping[str, float]) -> int | None:
     """`largest` on an idle cluster."""
-    return largest(counts, [Node(total=node.total, free=node.total) for node in nodes], each)
+    return largest(counts, [LiveNode(total=node.total, free=node.total) for node in nodes], each)
 
 
 def wait_for_room(
@@ -66,7 +66,7 @@ class RoomToGrow:
     counts: Sequence[int]
     workers: int
     each: Mapping[str, float]
-    look: Callable[[], Sequence[Node]] = nodes_there
+    look: Callable[[], Sequence[LiveNode]] = nodes_there
     clock: Callable[[], float] = time.monotonic
     found: int | None = field(default=None, init=False)
     """The larger count that there was room for at the last look."""

@@ -14,7 +14,7 @@ from raytune_llm.config.resources import Cluster, Local, on_cluster, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.runs.faults import waiting_line
-from raytune_llm.runs.live_nodes import LOOK_EVERY_S, Node, nodes_there, summed
+from raytune_llm.runs.live_nodes import LOOK_EVERY_S, LiveNode, nodes_there, summed
 from raytune_llm.runs.nodes import workers_that_fit
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Waiting:
         return line
 
 
-def missing_room(workers: int, each: Mapping[str, float], nodes: Sequence[Node]) -> str | None:
+def missing_room(workers: int, each: Mapping[str, float], nodes: Sequence[LiveNode]) -> str | None:
     """What the workers wait for, as a line of text; None if each fits on a node."""
     if sum(workers_that_fit(node.free, each) for node in nodes) >= workers:
         return None

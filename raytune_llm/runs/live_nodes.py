@@ -13,17 +13,17 @@ LOOK_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class LiveNode:
     total: Mapping[str, float]
     free: Mapping[str, float]
 
 
-def nodes_there() -> list[Node]:
+def nodes_there() -> list[LiveNode]:
     """The nodes that can take workers. Ray also lists lost nodes for some seconds, and draining ones until they are gone."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
-    return [Node(total=node["Resources"], free=free[node["NodeID"]]) for node in _alive() if node["NodeID"] in free]
+    return [LiveNode(total=node["Resources"], free=free[node["NodeID"]]) for node in _alive() if node["NodeID"] in free]
 
 
 def node_ids() -> set[str]:

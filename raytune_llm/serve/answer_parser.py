@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 Names = frozenset[str] | None
 """The tools of a request. None: any tool may be called."""
-Kind = Literal["content", "reasoning", "call", "arguments"]
+PartKind = Literal["content", "reasoning", "call", "arguments"]
 
 
 @dataclass(frozen=True, slots=True)
 class OutputPart:
     """A piece of an answer: text of content, of reasoning, or of the arguments of the last call; or a call's name."""
 
-    kind: Kind
+    kind: PartKind
     text: str = ""
     id: str = ""
     """Of a call, as the API reports it."""

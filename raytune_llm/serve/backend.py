@@ -42,7 +42,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class EngineReport:
     """The current state of an engine."""
 
     engine: str
@@ -75,7 +75,7 @@ class Backend(Protocol):
         """Whether requests can use this adapter. Called for every request, so it must be fast."""
         ...
 
-    async def reports(self) -> Sequence[Report]:
+    async def reports(self) -> Sequence[EngineReport]:
         """One report per engine."""
         ...
 
@@ -190,9 +190,9 @@ class InProcessBackend:
     async def serves(self, adapter: str) -> bool:
         return self._engine.has_adapter(adapter)
 
-    async def reports(self) -> Sequence[Report]:
+    async def reports(self) -> Sequence[EngineReport]:
         stats = self._engine.stats()
-        return [Report(engine=self._name, stats=stats, adapters=self._engine.adapters(), failure=failure_of(stats))]
+        return [EngineReport(engine=self._name, stats=stats, adapters=self._engine.adapters(), failure=failure_of(stats))]
 
 
 def failure_of(stats: Stats) -> str | None:

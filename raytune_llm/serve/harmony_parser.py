@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from raytune_llm.serve.answer_parser import AnswerParser, Kind, OutputPart, pending_length
+from raytune_llm.serve.answer_parser import AnswerParser, OutputPart, PartKind, pending_length
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 ANSWER = f"{START}assistant"
@@ -43,7 +43,7 @@ class HarmonyParser(AnswerParser):
     """Holds back a header, and what may be the beginning of a message's end."""
 
     syntax: HarmonySyntax
-    _body: Kind | None = None
+    _body: PartKind | None = None
     """What the text is. None: a header."""
     _raw: bool = False
     """The message is returned as it is written: a call that no tool of the request takes."""
@@ -78,7 +78,7 @@ class HarmonyParser(AnswerParser):
             self._body = "reasoning" if f"{CHANNEL}analysis" in header else "content"
         return True
 
-    def _message(self, parts: list[OutputPart], kind: Kind, final: bool) -> bool:
+    def _message(self, parts: list[OutputPart], kind: PartKind, final: bool) -> bool:
         found = [(at, end) for end in ENDS if (at := self._held.find(end)) >= 0]
         if not found:
             keep = 0 if final else max(pending_length(self._held, end) for end in ENDS)
@@ -93,7 +93,7 @@ class HarmonyParser(AnswerParser):
         self._held, self._body = self._held[after:], None
         return True
 
-    def _give(self, parts: list[OutputPart], kind: Kind, text: str) -> None:
+    def _give(self, parts: list[OutputPart], kind: PartKind, text: str) -> None:
         if text:
             self._empty = False
             parts.append(OutputPart(kind, text))

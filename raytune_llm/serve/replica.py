@@ -16,7 +16,7 @@ from raytune_llm.config.run import ServeRun
 from raytune_llm.engines.engine import AdapterState, Engine
 from raytune_llm.engines.requests import Delta, Request, TokenLogprob
 from raytune_llm.errors import DataError, ResourceError, UserError
-from raytune_llm.serve.backend import InProcessBackend, ModelFacts, Overloaded, Pooling, Report, failure_of, warm_up
+from raytune_llm.serve.backend import EngineReport, InProcessBackend, ModelFacts, Overloaded, Pooling, failure_of, warm_up
 from raytune_llm.serve.ledger import AdapterChange, Changes
 from raytune_llm.serve.logs import log_at
 from raytune_llm.serve.watch import Watcher
@@ -120,7 +120,7 @@ class EngineReplica:
 
     # Broadcast by an ingress -------------------------------------------------------------------------------------
 
-    async def report(self) -> Report:
+    async def report(self) -> EngineReport:
         (report,) = await self._backend.reports()
         return report
 
@@ -215,7 +215,7 @@ class EngineReplica:
         return None
 
 
-def merge_adapters(reports: Sequence[Report]) -> list[AdapterState]:
+def merge_adapters(reports: Sequence[EngineReport]) -> list[AdapterState]:
     """Adapters of all replicas: each with its fastest residency on any replica and its requests summed over replicas."""
     nearness = ("device", "host", "disk")
     found: dict[str, AdapterState] = {}

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from raytune_llm.engines.engine import AdapterState
 from raytune_llm.engines.requests import Delta, Request, TokenLogprob
 from raytune_llm.errors import ResourceError
-from raytune_llm.serve.backend import ModelFacts, Pooling, Report
+from raytune_llm.serve.backend import EngineReport, ModelFacts, Pooling
 from raytune_llm.serve.ledger import AdapterChange, now_after
 from raytune_llm.serve.replica import Failure, merge_adapters
 
@@ -36,7 +36,7 @@ class ReplicaBackend:
         """adapters: name -> folder of the adapters that replicas load at their start."""
         self._engines, self.facts, self._adapters = engines, facts, adapters
         self._streams = engines.options(method_name="stream", stream=True)
-        self._reports: list[Report] = []
+        self._reports: list[EngineReport] = []
         self._names: frozenset[str] = frozenset()
         self._reported_at = -REPORT_MAX_AGE_S
         self._asking = asyncio.Lock()
@@ -93,7 +93,7 @@ class ReplicaBackend:
             self._renewing = asyncio.create_task(self._renew())
         return adapter in self._names
 
-    async def reports(self) -> Sequence[Report]:
+    async def reports(self) -> Sequence[EngineReport]:
         async with self._asking:  # concurrent callers share one broadcast
             if self._stale:
                 await self._ask_again()

@@ -31,7 +31,7 @@ from raytune_llm.runs.owner import wait_until_free
 from raytune_llm.runs.pulse import PULSE_GROUP, Beating, Frozen, Pulse
 from raytune_llm.runs.remote_task import call_with
 from raytune_llm.tune.metric import metric_of
-from raytune_llm.tune.places import Place, Share, share_of, workers_of
+from raytune_llm.tune.places import Share, TrialPlace, share_of, workers_of
 from raytune_llm.tune.trial import Outcome, Reported, Train, run_trial, set_libraries_aside
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class TrainerPlace:
 
 
 @contextmanager
-def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Iterator[list[Place]]:
+def places_on_ray(sweep: Sweep, train: Train, runs: Sequence[TrainRun]) -> Iterator[list[TrialPlace]]:
     """The places of a sweep on the connected cluster. runs: one for each different need. The context ends what was started."""
     resources, tune = sweep.run.resources, sweep.tune
     assert uses_ray(resources)

@@ -21,7 +21,7 @@ from raytune_llm.errors import ConfigError
 from raytune_llm.tune.conduct import Conduct
 from raytune_llm.tune.trial import Outcome, Reported, Trial
 
-Place = Callable[[TrainRun, Reported], Outcome]
+TrialPlace = Callable[[TrainRun, Reported], Outcome]
 PARTS = 10_000
 """The number of parts that Ray divides a GPU into."""
 
@@ -69,7 +69,7 @@ def _times(there: float, each: float) -> int:
 
 
 @dataclass(frozen=True)
-class Report:
+class TrialReport:
     trial: Trial
     step: int
     total_steps: int
@@ -80,13 +80,13 @@ class Report:
 @dataclass(frozen=True)
 class End:
     trial: Trial
-    place: Place
+    place: TrialPlace
     outcome: Outcome | BaseException
 
 
-def run_at(places: Sequence[Place], conduct: Conduct) -> None:
+def run_at(places: Sequence[TrialPlace], conduct: Conduct) -> None:
     """Train all trials, as many at once as there are places. Raises what a place raises."""
-    free, news, running = list(places), Queue[Report | End](), 0
+    free, news, running = list(places), Queue[TrialReport | End](), 0
     while True:
         while free and (found := conduct.next()) is not None:
             trial, run = found
@@ -97,7 +97,7 @@ def run_at(places: Sequence[Place], conduct: Conduct) -> None:
         if not running:
             return
         match news.get():
-            case Report() as report:
+            case TrialReport() as report:
                 report.answer.put(conduct.reported(report.trial, report.step, report.total_steps, report.value))
             case End(trial, place, Outcome() as outcome):
                 running -= 1
@@ -107,10 +107,10 @@ def run_at(places: Sequence[Place], conduct: Conduct) -> None:
                 raise failure
 
 
-def _train(place: Place, trial: Trial, run: TrainRun, news: Queue[Report | End]) -> None:
+def _train(place: TrialPlace, trial: Trial, run: TrainRun, news: Queue[TrialReport | End]) -> None:
     def reported(step: int, total_steps: int, value: float) -> bool:
         answer = Queue[bool]()
-        news.put(Report(trial, step, total_steps, value, answer))
+        news.put(TrialReport(trial, step, total_steps, value, answer))
         return answer.get()
 
     try:

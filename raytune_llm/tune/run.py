@@ -23,7 +23,7 @@ from raytune_llm.tune.conduct import Conduct, OnChange
 from raytune_llm.tune.disk import check_disk
 from raytune_llm.tune.events import EVENTS
 from raytune_llm.tune.metric import metric_of
-from raytune_llm.tune.places import Place, run_at, workers_of
+from raytune_llm.tune.places import TrialPlace, run_at, workers_of
 from raytune_llm.tune.results import write_plots, write_results
 from raytune_llm.tune.study import BEST, PAGE, RESULTS, TABLE, Setting, Study
 from raytune_llm.tune.trial import Train, libraries_set_aside, run_trial
@@ -195,7 +195,7 @@ def _run_here(conduct: Conduct, train: Train) -> None:
 
 
 @contextmanager
-def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], notify: Callable[[str], None]) -> Iterator[list[Place]]:
+def _on_ray(sweep: Sweep, train: Train, runs: list[TrainRun], notify: Callable[[str], None]) -> Iterator[list[TrialPlace]]:
     resources = sweep.run.resources
     assert uses_ray(resources)
     grouped = workers_of(resources) > 1 or not sweep.base.fits_one_process

@@ -19,7 +19,7 @@ from raytune_llm.config.run import ExportRun
 from raytune_llm.errors import ConfigError
 from raytune_llm.export.check import outputs
 from raytune_llm.export.gguf.families import Family, family_of
-from raytune_llm.export.gguf.file import KINDS, encoded
+from raytune_llm.export.gguf.file import MATRIX_TYPES, encoded
 from raytune_llm.export.rows import Rows
 from raytune_llm.export.source import DTYPES, Source
 from raytune_llm.export.target import OnBytes, Target
@@ -46,7 +46,7 @@ def gguf_lora(source: Source, run: ExportRun) -> Target:
     if dtype not in DTYPES:
         rule = f"must be auto or one of {', '.join(DTYPES)} with export.format=gguf_lora"
         raise ConfigError("export.dtype", rule, got=dtype, fix="auto is fp32.")
-    family, kind = family_of(source.config, str(source.folder)), KINDS[dtype].quantization
+    family, kind = family_of(source.config, str(source.folder)), MATRIX_TYPES[dtype].quantization
     layers = _stored(source, family)
     place = f"adapter-{kind.name}.gguf"
 

@@ -33,18 +33,18 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Kind:
+class MatrixType:
     """The type in which a file's matrices are stored."""
 
     quantization: GGMLQuantizationType
     file_type: LlamaFileType
 
 
-KINDS: Mapping[str, Kind] = {
-    "fp32": Kind(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "fp16": Kind(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": Kind(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": Kind(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+MATRIX_TYPES: Mapping[str, MatrixType] = {
+    "fp32": MatrixType(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "fp16": MatrixType(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": MatrixType(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": MatrixType(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 """By export.dtype."""
 
@@ -85,12 +85,12 @@ def gguf(source: Source, run: ExportRun) -> Target:
 def _target(source: Source, dtype: str) -> Target:
     family = family_of(source.config, str(source.folder))
     dtype = dtype if dtype != "auto" else _dtype_of(source)
-    tensors = _tensors(source, family, KINDS[dtype].quantization)
+    tensors = _tensors(source, family, MATRIX_TYPES[dtype].quantization)
     vocabulary = _vocabulary(source)
 
     def write(folder: Path, on_bytes: OnBytes) -> None:
-        place = folder / f"model-{KINDS[dtype].quantization.name}.gguf"
-        _write(place, source, family, vocabulary, tensors, KINDS[dtype].file_type, on_bytes)
+        place = folder / f"model-{MATRIX_TYPES[dtype].quantization.name}.gguf"
+        _write(place, source, family, vocabulary, tensors, MATRIX_TYPES[dtype].file_type, on_bytes)
 
     def outputs_of(folder: Path, rows: Rows, device: torch.device) -> Iterator[Tensor]:
         return _outputs(folder, family.read_as(source.config), rows, device)

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from raytune_llm.engines.engine import Stats
-from raytune_llm.serve.backend import Report
+from raytune_llm.serve.backend import EngineReport
 
 LATENCIES_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 
@@ -35,7 +35,7 @@ class Metrics:
         )
         self.refused = Counter("raytune_llm:requests_refused", "By HTTP status", (*labels, "status"), registry=self._registry)
 
-    def text(self, reports: Sequence[Report]) -> bytes:
+    def text(self, reports: Sequence[EngineReport]) -> bytes:
         registry = CollectorRegistry()
         registry.register(_Engines(self._model, reports))
         return generate_latest(self._registry) + generate_latest(registry)
@@ -61,7 +61,7 @@ LABELS = ("model_name", "engine")
 class _Engines:
     """A collector of engines' states. The label `engine` is the engine's number or replica, as in vLLM."""
 
-    def __init__(self, model: str, reports: Sequence[Report]) -> None:
+    def __init__(self, model: str, reports: Sequence[EngineReport]) -> None:
         self._model, self._reports = model, reports
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:

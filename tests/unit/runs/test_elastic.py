@@ -9,13 +9,13 @@ from raytune_llm.config.resources import worker_counts
 from raytune_llm.errors import ConfigError
 from raytune_llm.runs.elastic import SETTLED_S, RoomToGrow, largest, largest_ever
 from raytune_llm.runs.group_size import missing_room
-from raytune_llm.runs.live_nodes import Leaving, Node
+from raytune_llm.runs.live_nodes import Leaving, LiveNode
 
 GPU = {"CPU": 1.0, "GPU": 1.0}
 
 
-def node(free: float, total: float = 8.0) -> Node:
-    return Node(total={"CPU": 64.0, "GPU": total}, free={"CPU": 64.0, "GPU": free})
+def node(free: float, total: float = 8.0) -> LiveNode:
+    return LiveNode(total={"CPU": 64.0, "GPU": total}, free={"CPU": 64.0, "GPU": free})
 
 
 def test_sizes_are_those_that_share_a_step_evenly():
@@ -31,14 +31,14 @@ def test_the_largest_size_has_a_place_for_each_of_its_workers():
     assert largest(counts, [node(3), node(0)], GPU) is None
     assert largest(counts, [node(0), node(8)], GPU, held=8) == 16, "what the group holds already counts"
     assert largest_ever(counts, [node(0), node(3)], GPU) == 16
-    assert largest(counts, [Node(total={"CPU": 64.0}, free={"CPU": 64.0})], GPU) is None, "a node without GPUs"
-    halves = Node(total={"CPU": 3.0}, free={"CPU": 3.0})
+    assert largest(counts, [LiveNode(total={"CPU": 64.0}, free={"CPU": 64.0})], GPU) is None, "a node without GPUs"
+    halves = LiveNode(total={"CPU": 3.0}, free={"CPU": 3.0})
     assert largest([1, 2], [halves, halves], {"CPU": 2.0, "GPU": 0.0}) == 2, "no worker is spread over nodes"
     assert largest([1, 2, 3], [halves, halves], {"CPU": 2.0, "GPU": 0.0}) == 2
 
 
 def test_workers_wait_for_whole_places():
-    pair = [Node(total={"CPU": 4.0, "GPU": 2.0}, free={"CPU": 4.0, "GPU": 2.0})] * 4
+    pair = [LiveNode(total={"CPU": 4.0, "GPU": 2.0}, free={"CPU": 4.0, "GPU": 2.0})] * 4
     assert missing_room(8, GPU, pair) is None
     spread = "what is free is spread over nodes"
     assert missing_room(2, {"CPU": 1.0, "GPU": 3.0}, pair) == f"waiting for nodes with room for 2 whole workers; {spread}"
