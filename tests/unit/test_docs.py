@@ -88,12 +88,14 @@ def test_a_path_of_the_docs_exists(page):
     assert names <= {file.name for file in (ROOT / "benchmarks").glob("*.py")}
 
 
-def test_the_tree_in_the_readme_has_every_folder():
+def test_the_tree_in_the_readme_has_every_folder_and_module():
     tree = (ROOT / "README.md").read_text().split("## Repository layout")[1].split("```")[1]
     package, others = tree.split("\nconf/")
     for folder in (ROOT / "raytune_llm").iterdir():
         if folder.is_dir() and not folder.name.startswith("__"):
             assert f"\n  {folder.name}/" in package, folder
+    for module in (ROOT / "raytune_llm").glob("*.py"):
+        assert module.name in package or module.name == "__init__.py", module
     for name in re.findall(r"^  (\w+/)|(\w+\.py)", package, re.MULTILINE):
         assert (ROOT / "raytune_llm" / "".join(name)).exists(), name
     for name in re.findall(r"^(\w+)/", f"conf/{others}", re.MULTILINE):
