@@ -16,9 +16,11 @@ import yaml
 
 from scripts.manifests.entrypoints import check_entrypoint
 from scripts.manifests.kustomize import KustomizeError, Object, render
-from scripts.manifests.rules import check_rules, pods_are_restricted
+from scripts.manifests.pods import check_pods
+from scripts.manifests.rules import broken_of, check_rules
 from scripts.manifests.schemas import check_builtin, check_definition, check_pod
 from scripts.manifests.serving import check_serve_config
+from scripts.manifests.site import check_site
 from scripts.manifests.workloads import cluster_spec, pod_templates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +36,7 @@ def main() -> int:
     crds = parser.parse_args().crds
     overlays = sorted(folder for folder in OVERLAYS.iterdir() if folder.is_dir())
     broken = [f"{folder.name}: {problem}" for folder in overlays for problem in check_overlay(folder, crds)]
+    broken += check_sites() if not broken else []
     for problem in broken:
         print(problem, file=sys.stderr)
     without = [] if crds else ["KubeRay's definitions (give their folder with --crds)"]
@@ -51,11 +54,23 @@ def check_overlay(folder: Path, crds: Path | None) -> list[str]:
     return _as_kubectl(folder, objects) + [problem for found in objects for problem in check_object(found, crds)]
 
 
+def check_sites() -> list[str]:
+    """What is wrong between the overlays and the namespace that they are applied to."""
+    sites = {"setup": ("setup", "setup-queue"), "setup-kind": ("setup-kind",)}
+    others = [folder.name for folder in sorted(OVERLAYS.iterdir()) if not folder.name.startswith("setup")]
+    problems = []
+    for site, folders in sites.items():
+        objects = [found for name in folders for found in render(OVERLAYS / name)]
+        here = {name: render(OVERLAYS / name) for name in others if name.endswith("-kind") == site.endswith("-kind")}
+        problems += [f"{site}: {problem}" for problem in check_site(objects, here)]
+    return problems
+
+
 def check_object(found: Object, crds: Path | None) -> list[str]:
     if found["apiVersion"] in UNCHECKED:
         return []
     if found["apiVersion"] != "ray.io/v1":
-        return check_builtin(found) + list(pods_are_restricted(found))
+        return check_builtin(found) + broken_of(check_pods, found)
     problems = check_definition(found, crds) if crds else []
     problems += check_rules(found) + _version(found)
     problems += [f"{where}: {problem}" for where, template in pod_templates(found) for problem in check_pod(template)]

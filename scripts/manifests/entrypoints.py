@@ -10,7 +10,7 @@ from raytune_llm.config.resources import Cluster
 from raytune_llm.config.run import RUNS, TrainRun
 from raytune_llm.config.sweep import load_sweep
 from raytune_llm.errors import ConfigError
-from scripts.manifests.rules import amount
+from scripts.manifests.quantity import amount
 from scripts.manifests.workloads import Object, cluster_spec, job_spec
 
 MODULE = "raytune_llm"
@@ -19,7 +19,7 @@ MODULE = "raytune_llm"
 def check_entrypoint(found: Object) -> list[str]:
     """What is wrong with a job's command. Nothing of kinds that have none."""
     job = job_spec(found)
-    return [] if job is None else list(_wrong(job["entrypoint"], cluster_spec(found) or {}))
+    return [] if job is None else list(_wrong(job.get("entrypoint", ""), cluster_spec(found) or {}))
 
 
 def _wrong(entrypoint: str, cluster: Object) -> Iterator[str]:
@@ -30,7 +30,7 @@ def _wrong(entrypoint: str, cluster: Object) -> Iterator[str]:
         yield f"entrypoint must start with python -m {MODULE}, got {entrypoint}"
         return
     words = words[3:]
-    verb = words.pop(0) if words[0] not in ("--help",) and "=" not in words[0] else "train"
+    verb = words.pop(0) if words and words[0] not in ("--help",) and "=" not in words[0] else "train"
     given = dict(word.split("=", 1) for word in words if "=" in word)
     for setting in ("output_dir", "data.cache"):
         if not given.get(setting, "").startswith("/shared/"):
@@ -45,14 +45,14 @@ def _wrong(entrypoint: str, cluster: Object) -> Iterator[str]:
         return
     if not isinstance(run.resources, Cluster):
         yield "resources must be cluster"
-    elif (least := min(_nodes(cluster))) < 1:
+    elif (least := min(_nodes(cluster), default=0)) < 1:
         yield f"replicas must be at least 1, got {least}: the command counts the workers that are there when it begins"
     elif isinstance(run, TrainRun) and verb != "tune":  # a trial takes a part of the nodes
         yield from _fits(run, run.resources, cluster)
 
 
 def _fits(run: TrainRun, resources: Cluster, cluster: Object) -> Iterator[str]:
-    gpus, cpus = (_of_workers(cluster, kind) for kind in ("nvidia.com/gpu", "cpu"))
+    gpus, cpus = (of_workers(cluster, kind) for kind in ("nvidia.com/gpu", "cpu"))
     if resources.num_workers != (gpus or resources.num_workers):
         yield f"resources.num_workers must be the nodes' {gpus:g} GPUs, got {resources.num_workers}"
     elif not isinstance(resources.num_workers, int) or resources.num_workers > cpus:
@@ -61,10 +61,10 @@ def _fits(run: TrainRun, resources: Cluster, cluster: Object) -> Iterator[str]:
 
 def _nodes(cluster: Object) -> list[int]:
     """The workers of each group that KubeRay starts before the job."""
-    return [group["replicas"] for group in cluster["workerGroupSpecs"]]
+    return [group["replicas"] for group in cluster.get("workerGroupSpecs", [])]
 
 
-def _of_workers(cluster: Object, resource: str) -> float:
+def of_workers(cluster: Object, resource: str) -> float:
     """So much of a resource when all replicas are there."""
     return sum(
         group["maxReplicas"] * amount(group["template"]["spec"]["containers"][0]["resources"]["limits"].get(resource, 0))

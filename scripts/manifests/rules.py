@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from packaging.version import Version
 
-from scripts.manifests.workloads import Object, cluster_spec, job_spec, pod_templates
+from scripts.manifests.nodes import check_nodes, ray_pods, variables
+from scripts.manifests.pods import check_pods
+from scripts.manifests.quantity import QuantityError
+from scripts.manifests.workloads import Object, cluster_spec, job_spec
 
 NAME_LENGTHS = {"RayCluster": 53, "RayService": 47, "RayJob": 47, "RayCronJob": 41}
 """So that names with KubeRay's suffixes stay within the 63 characters of a label."""
 QUEUE = "kueue.x-k8s.io/queue-name"
+MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
+UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade")
+CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+"""The least and the largest number of each field."""
 ELASTIC = "kueue.x-k8s.io/elastic-job"
 MAX_POD_SETS = 18
-SUFFIXES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "m": 1e-3, "": 1}
 
 
 def check_rules(found: Object) -> list[str]:
     """What one object of KubeRay's kinds breaks."""
-    return [broken for rule in RULES for broken in rule(found)]
+    return [broken for rule in RULES for broken in broken_of(rule, found)]
+
+
+def broken_of(rule: Callable[[Object], Iterator[str]], found: Object) -> list[str]:
+    try:
+        return list(rule(found))
+    except QuantityError as error:
+        return [str(error)]
 
 
 def _names(found: Object) -> Iterator[str]:
@@ -53,7 +65,12 @@ def _groups(found: Object) -> Iterator[str]:
             yield f"{name}: labels belong into the group's labels, not into rayStartParams"
         if group.get("resources") and started.keys() & {"num-cpus", "num-gpus", "memory", "resources"}:
             yield f"{name}: resources must be in rayStartParams or in resources, not in both"
+    names = [group["groupName"] for group in cluster.get("workerGroupSpecs", [])]
+    if len({*names}) < len(names) or not all(re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) for name in names):
+        yield f"groupName must be a DNS-1035 label of one group alone, got {', '.join(names)}"
     for group in cluster.get("workerGroupSpecs", []):
+        if group.get("numOfHosts", 1) != 1:
+            yield f"{group['groupName']}: numOfHosts is for TPUs, got {group['numOfHosts']}"
         least, now, most = (group.get(key) for key in ("minReplicas", "replicas", "maxReplicas"))
         if None in (least, now, most) or not 0 <= least <= now <= most:
             yield f"{group['groupName']}: 0 <= minReplicas <= replicas <= maxReplicas must hold, got {least}, {now}, {most}"
@@ -70,9 +87,8 @@ def _autoscaler(found: Object) -> Iterator[str]:
         return
     if options.get("version") != "v2":
         yield "autoscalerOptions.version must be v2"
-    for where, template in pod_templates(found):
-        if where != "submitter" and template["spec"].get("restartPolicy", "Never") != "Never":
-            yield f"{where}: restartPolicy must be Never with autoscaler v2"
+    if options.get("idleTimeoutSeconds", 60) <= 0:
+        yield f"autoscalerOptions.idleTimeoutSeconds must be positive, got {options['idleTimeoutSeconds']}"
     if cluster["headGroupSpec"]["template"]["spec"].get("automountServiceAccountToken") is False:
         yield "head: the autoscaler needs automountServiceAccountToken"
 
@@ -100,6 +116,10 @@ def _head_state(found: Object) -> Iterator[str]:
         yield "gcsFaultToleranceOptions: Redis settings with the backend rocksdb"
     if not rocks and "storage" in options:
         yield "gcsFaultToleranceOptions.storage is for the backend rocksdb"
+    if not rocks and "redisAddress" not in options:
+        yield "gcsFaultToleranceOptions needs redisAddress, or the backend rocksdb"
+    if "value" in options.get("redisPassword", {}):
+        yield "gcsFaultToleranceOptions.redisPassword must come from a Secret (valueFrom.secretKeyRef)"
     storage = options.get("storage", {})
     if "claimName" in storage and storage.keys() & {"size", "storageClassName", "accessModes"}:
         yield "gcsFaultToleranceOptions.storage.claimName excludes size, storageClassName and accessModes"
@@ -126,6 +146,19 @@ def _jobs(found: Object) -> Iterator[str]:
         yield "SidecarMode excludes clusterSelector, submitterPodTemplate and submitterConfig"
     if not isinstance(yaml.safe_load(job.get("runtimeEnvYAML", "{}")), dict):
         yield "runtimeEnvYAML must be a mapping"
+    if mode not in MODES:
+        yield f"submissionMode must be one of {', '.join(MODES)}, got {mode}"
+    if mode != "InteractiveMode" and min(job.get("backoffLimit", 0), job.get("submitterConfig", {}).get("backoffLimit", 2)) < 1:
+        yield "backoffLimit, of the job and of its submitter, must be at least 1: a lost head is a failed attempt, which resumes"
+    if "jobId" in job and job.get("backoffLimit"):
+        yield "jobId must not be set: each attempt submits a job of its own"
+    submitter = job.get("submitterPodTemplate", {}).get("spec", {}).get("restartPolicy", "Never")
+    if submitter not in ("Never", "OnFailure"):
+        yield f"submitter: restartPolicy must be Never or OnFailure, as of every Kubernetes Job, got {submitter}"
+    if job.get("ttlSecondsAfterFinished", 0) < 0:
+        yield f"ttlSecondsAfterFinished must not be negative, got {job['ttlSecondsAfterFinished']}"
+    if job.get("activeDeadlineSeconds", 0) <= job.get("preRunningDeadlineSeconds", 0):
+        yield "activeDeadlineSeconds must be more than preRunningDeadlineSeconds, which it includes"
     for deadline in ("preRunningDeadlineSeconds", "activeDeadlineSeconds"):
         if job.get(deadline, 0) <= 0:
             yield f"{deadline} must be set: a job that can't start or doesn't end would hold its GPUs for ever"
@@ -139,12 +172,34 @@ def _schedules(found: Object) -> Iterator[str]:
         yield "schedule must not name a time zone: timeZone does"
     if not re.fullmatch(r"(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|[-\d*/,]+( [-\w*/,?]+){4})", schedule):
         yield f"schedule must be a cron expression of five fields, got {schedule}"
+    for field, (least, most) in zip(schedule.split(), CRON, strict=False):
+        if any(not least <= int(number) <= most for number in re.findall(r"(?<!/)\b\d+", field)):
+            yield f"schedule must have numbers of {least} to {most} in its place, got {field}"
+    if "RAY_CLUSTER_NAME" not in (job_spec(found) or {}).get("entrypoint", ""):
+        yield "output_dir must be named after RAY_CLUSTER_NAME without its last part: each night has a folder of its own"
+    if not any("RAY_CLUSTER_NAME" in variables(ray) for where, _, ray in ray_pods(found) if where == "head"):
+        yield "head: RAY_CLUSTER_NAME must be in the environment (base/schedule)"
     try:
         ZoneInfo(zone or "UTC")
     except (ZoneInfoNotFoundError, ValueError):
         yield f"timeZone is not known: {zone}"
     if QUEUE in found["metadata"].get("labels", {}):
         yield f"the label {QUEUE} doesn't reach the jobs of a RayCronJob"
+
+
+def _services(found: Object) -> Iterator[str]:
+    if found["kind"] != "RayService":
+        return
+    strategy, cluster = found["spec"].get("upgradeStrategy", {}), cluster_spec(found) or {}
+    kind = strategy.get("type", "NewCluster")
+    if kind not in UPGRADES:
+        yield f"upgradeStrategy.type must be one of {', '.join(UPGRADES)}: with None changed nodes are not updated, got {kind}"
+    if kind == UPGRADES[1] and not (
+        cluster.get("enableInTreeAutoscaling") and strategy.get("clusterUpgradeOptions", {}).get("gatewayClassName")
+    ):
+        yield f"{kind} needs enableInTreeAutoscaling and clusterUpgradeOptions.gatewayClassName"
+    if found["spec"].get("rayClusterDeletionDelaySeconds", 60) < 60:
+        yield "rayClusterDeletionDelaySeconds must be at least 60: answers still run on the old nodes after an update"
 
 
 def _queued(found: Object) -> Iterator[str]:
@@ -165,64 +220,6 @@ def _queued(found: Object) -> Iterator[str]:
         yield f"Kueue refuses the autoscaler without the annotation {ELASTIC}"
 
 
-def pods_are_restricted(found: Object) -> Iterator[str]:
-    """The Pod Security Standard `restricted`, which the namespace enforces, and limits for all."""
-    for where, template in pod_templates(found):
-        spec = template["spec"]
-        yield from _restricted(where, spec)
-        for container in spec["containers"]:
-            resources = container.get("resources", {})
-            for kind in ("requests", "limits"):
-                if missing := {"cpu", "memory"} - resources.get(kind, {}).keys():
-                    yield f"{where}: {container['name']} has no {kind} of {', '.join(sorted(missing))}"
-            yield from _unprivileged(f"{where}: {container['name']}", container)
-            if not re.search(r":[\w][\w.-]*$", container["image"]) or container["image"].endswith(":latest"):
-                yield f"{where}: the image needs a tag that stays, got {container['image']}"
-    options = (cluster_spec(found) or {}).get("autoscalerOptions")
-    if options is not None:
-        yield from _unprivileged("autoscaler", options)
-
-
-def _restricted(where: str, spec: Object) -> Iterator[str]:
-    context = spec.get("securityContext", {})
-    if context.get("runAsNonRoot") is not True or not context.get("runAsUser"):
-        yield f"{where}: must run as a user that is not root"
-    if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
-        yield f"{where}: seccompProfile must be RuntimeDefault"
-    if spec.keys() & {"hostNetwork", "hostPID", "hostIPC"} or any("hostPath" in volume for volume in spec.get("volumes", [])):
-        yield f"{where}: must not use the host's network, processes or paths"
-
-
-def _unprivileged(where: str, container: Object) -> Iterator[str]:
-    context = container.get("securityContext", {})
-    if context.get("allowPrivilegeEscalation") is not False or context.get("capabilities", {}).get("drop") != ["ALL"]:
-        yield f"{where}: must drop all capabilities and not allow privilege escalation"
-
-
-def _shared_memory(found: Object) -> Iterator[str]:
-    for where, template in pod_templates(found):
-        if where == "submitter":
-            continue
-        ray = template["spec"]["containers"][0]
-        mounted = {mount["mountPath"]: mount["name"] for mount in ray.get("volumeMounts", [])}
-        shm = next((volume for volume in template["spec"].get("volumes", []) if volume["name"] == mounted.get("/dev/shm")), {})
-        limit = shm.get("emptyDir", {}).get("sizeLimit")
-        if shm.get("emptyDir", {}).get("medium") != "Memory" or limit is None:
-            yield f"{where}: /dev/shm must be a memory volume with a limit; a container's own has 64 MiB"
-        elif amount(limit) > 0.5 * amount(ray["resources"]["limits"]["memory"]):
-            yield f"{where}: /dev/shm counts towards the container's memory and must be at most half of it"
-
-
-def _grace(found: Object) -> Iterator[str]:
-    """Ray drains a node that gets SIGTERM for RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, 30 s where that is not set."""
-    for where, template in pod_templates(found):
-        if where != "submitter":
-            drain = variables(template).get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "30")
-            grace = template["spec"].get("terminationGracePeriodSeconds", 30)
-            if grace <= float(drain):
-                yield f"{where}: terminationGracePeriodSeconds must be more than the {drain} s of draining, got {grace}"
-
-
 RULES: tuple[Callable[[Object], Iterator[str]], ...] = (
     _names,
     _cluster_is_there,
@@ -232,19 +229,8 @@ RULES: tuple[Callable[[Object], Iterator[str]], ...] = (
     _head_state,
     _jobs,
     _schedules,
+    _services,
     _queued,
-    pods_are_restricted,
-    _shared_memory,
-    _grace,
+    check_pods,
+    check_nodes,
 )
-
-
-def variables(template: Object) -> dict[str, Any]:
-    """The environment of a template's first container, as far as it is said there."""
-    return {entry["name"]: entry.get("value") for entry in template["spec"]["containers"][0].get("env", [])}
-
-
-def amount(quantity: Any) -> float:
-    """Of a Kubernetes quantity, in its unit: 16Gi is 2**34."""
-    number, suffix = re.fullmatch(r"([\d.]+)(\w*)", str(quantity)).groups()  # type: ignore[union-attr]
-    return float(number) * SUFFIXES[suffix]
