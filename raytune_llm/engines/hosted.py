@@ -1,8 +1,8 @@
 """Another package's engine (vLLM, SGLang) behind our Engine interface.
 
-A `Host` wraps the package: it generates tokens and loads adapters. HostedEngine does what all packages have in common:
-detokenizing, stop strings, versions of adapters, cancellation and statistics. It calls the host in an event loop in its own
-thread.
+A `Host` (host.py) wraps the package: it generates tokens and loads adapters. HostedEngine does what all packages have in
+common: detokenizing, stop strings, versions of adapters, cancellation and statistics. It calls the host in an event loop in its
+own thread.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from raytune_llm.config.model import ModelConfig
 from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import ServedModels, SGLangEngine, VLLMEngine
 from raytune_llm.engines.adapter_limits import CONFIG, WEIGHTS, AdapterLimits
 from raytune_llm.engines.engine import AdapterState, Stats
+from raytune_llm.engines.host import AdapterVersion, GeneratedTokens, Host, HostRequest
 from raytune_llm.engines.native.adapter_store import digest_of
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.native.text import TextStream, text_of
 from raytune_llm.engines.pins import check_pin
-from raytune_llm.engines.requests import Completion, Delta, Finish, Request, Sampling, ScoredToken, Stream, TokenLogprob
+from raytune_llm.engines.requests import Completion, Delta, Finish, Request, ScoredToken, Stream, TokenLogprob
 from raytune_llm.errors import ConfigError, DataError, ResourceError, UserError
 from raytune_llm.models.score_head import refuse_separate_head
 
@@ -38,78 +39,6 @@ WATCH_S = 0.05
 """Interval of the heartbeat, and the longest time until a cancelled request is aborted."""
 CLOSE_S = 60.0
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class AdapterVersion:
-    """One version of an adapter, with a copy of its files: they stay the same if the folder is replaced."""
-
-    name: str
-    number: int
-    """A number from 1 on, unique among all versions of all adapters."""
-    digest: str
-    rank: int
-    files: tempfile.TemporaryDirectory[str]
-    pinned: bool
-    users: int = 0
-    """Number of its requests that are running or waiting."""
-    retired: bool = False
-    """Whether it was replaced or removed. New requests don't use it, and it is unloaded after its last request."""
-
-    @property
-    def key(self) -> str:
-        """Its name in the package. Each version has its own, because packages use the name as a key of their prefix caches."""
-        return f"{self.name}@{self.number}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostRequest:
-    """A request in the form that hosts take."""
-
-    key: str
-    """Unique in the engine."""
-    prompt_ids: list[int]
-    sampling: Sampling
-    max_new_tokens: int
-    end_ids: tuple[int, ...]
-    """Stop tokens; empty with sampling.ignore_end."""
-    version: AdapterVersion | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratedTokens:
-    """The tokens that were generated since the previous ones."""
-
-    ids: Sequence[int]
-    """Including the stop token."""
-    logprobs: Sequence[TokenLogprob] = ()
-    """One per token, if the request asks for them."""
-    cached_tokens: int = 0
-    """Tokens of the prompt that the prefix cache had."""
-    finish: Finish | None = None
-
-
-class Host(Protocol):
-    """Its methods are called in the event loop in which it was created."""
-
-    def generate(self, request: HostRequest) -> AsyncGenerator[GeneratedTokens, None]:
-        """Ends after tokens with a `finish`. Raises UserError for what the package refuses. Closing the generator aborts the
-        request."""
-        ...
-
-    async def load(self, version: AdapterVersion) -> None:
-        """Load the adapter, and pin it if it is pinned. Raises ConfigError if the package refuses it."""
-        ...
-
-    async def unload(self, version: AdapterVersion) -> None:
-        """Called when no request uses it any more."""
-        ...
-
-    def failure(self) -> str | None:
-        """Why the package has failed for good. None: it is running."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass

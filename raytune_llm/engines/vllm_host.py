@@ -17,7 +17,8 @@ from raytune_llm.config.quantization import QuantizationConfig
 from raytune_llm.config.serve import ServedModels
 from raytune_llm.config.serve import VLLMEngine as VLLMSettings
 from raytune_llm.engines.adapter_limits import AdapterLimits
-from raytune_llm.engines.hosted import AdapterVersion, GeneratedTokens, HostedEngine, HostRequest, check_hosted
+from raytune_llm.engines.host import AdapterVersion, GeneratedTokens, HostRequest
+from raytune_llm.engines.hosted import HostedEngine, check_hosted
 from raytune_llm.engines.native.build import Serving
 from raytune_llm.engines.requests import Grammar, TokenLogprob
 from raytune_llm.errors import ConfigError, ResourceError
