@@ -110,6 +110,7 @@ class Doctor:
 
 
 def doctor() -> Doctor:
+    """Takes seconds: it imports torch and transformers, and asks the hub whether it answers."""
     packages = tuple(_package(requirement) for requirement in _requirements())
     gpus, attention, broken = _devices()
     address, hub_state = ask_hub()

@@ -260,6 +260,7 @@ class Preprocessor:
 
 
 def preprocessor_of(model: ModelConfig, data: DataConfig, kind: str) -> Preprocessor:
+    """The run's Preprocessor. kind: the kind of row, a name in KINDS. Raises ConfigError without a usable template."""
     of_kind = KINDS[kind]
     tokenizer, template = run_tokenizer(model, data, needs_template=of_kind.renders_chat)
     renderer = renderer_of(tokenizer, template, data) if of_kind.renders_chat else PlainText(tokenizer)

@@ -46,6 +46,7 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 def hf_engine(settings: HFSettings, serving: Serving) -> NativeEngine:
+    """The engine with its model loaded. Raises ConfigError for a quantization, and for a score head in a separate file."""
     if serving.quantization.replaces_layers:
         raise ConfigError("quantization", "must be none with engine=hf", got=serving.quantization.name)
     if serving.head is not None:

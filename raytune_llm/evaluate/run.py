@@ -91,6 +91,8 @@ PROTOCOLS: dict[str, Callable[[EvaluateConfig], Benchmarks]] = {"llamafactory": 
 
 
 def evaluate(run: EvaluateRun, on_progress: OnProgress = lambda done, total: None) -> Evaluated:
+    """Evaluate the models that have no results yet, and write results.json and its pictures. Raises UserError for settings and
+    models that can't be evaluated, before one is loaded."""
     assert run.output_dir is not None
     folder = Path(run.output_dir)
     check_writable(folder, *FILES)

@@ -101,6 +101,8 @@ def check_ahead(run: ExportRun, trained: Mapping[str, TrainRun]) -> None:
 
 
 def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -> Exported:
+    """Write the export, unless the same one exists. on_progress: called with the bytes written and those in total. Raises
+    ConfigError for what can't be exported, and ResourceError for a full disk or a hub that refuses the upload."""
     settings = run.export
     assert settings.output_dir is not None
     place = _place_of(run)

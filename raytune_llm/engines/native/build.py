@@ -76,6 +76,8 @@ class Serving:
 
 
 def native_engine(settings: NativeSettings, serving: Serving) -> NativeEngine:
+    """The engine with its model loaded. Raises ConfigError for a model whose state does not fit the paged cache, and if
+    not even one block of the cache fits the memory."""
     check_cached(serving.config)
     policy, _ = build_policy(
         serving.config,
