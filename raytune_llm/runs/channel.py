@@ -17,9 +17,11 @@ from raytune_llm.runs.faults import (
     WORKERS_LOG,
     Stalls,
     WorkersLost,
+    WorkersNotStarted,
     WorkerStalled,
     WorkersWait,
     lost_line,
+    not_started_line,
     silent_line,
     stalled_line,
 )
@@ -137,6 +139,8 @@ class Channel:
                 self._on_update(message)
             case WorkersLost():
                 self._report_lost(message, hosts)
+            case WorkersNotStarted():
+                self._report_not_started(message)
             case WorkersWait():
                 self._give_up_start()
                 if message.line is None:
@@ -168,6 +172,13 @@ class Channel:
         self._give_up_start()
         if lost.again:
             self._on_update(Notice(text=self.last_loss, ranks=tuple(sorted(lost.how))))
+            self._notify_if_start_is_slow()
+
+    def _report_not_started(self, failed: WorkersNotStarted) -> None:
+        self._log(failed.details)
+        self._give_up_start()
+        if failed.again:  # otherwise it is the run's error
+            self._on_update(Notice(text=not_started_line(failed, self._output / WORKERS_LOG)))
             self._notify_if_start_is_slow()
 
     def _resumes_from(self) -> str:

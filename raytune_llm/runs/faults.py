@@ -41,6 +41,22 @@ class WorkersLost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkersNotStarted:
+    """A group had its resources, and ended before all its workers trained."""
+
+    why: str
+    details: str
+    failure: int | None
+    """Number of such groups in a row, from 1. None: it does not count as one."""
+    limit: int
+
+    @property
+    def again(self) -> bool:
+        """Another group is started."""
+        return self.failure is None or self.failure <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkersWait:
     """The group has no place for its workers yet."""
 
@@ -70,6 +86,13 @@ def lost_line(lost: WorkersLost, hosts: Mapping[int, str], *, resumes_from: str,
     if not lost.again:
         return f"{who}; not started again{failure} ({log} has more)"
     return f"{who}; starting again from {resumes_from}{failure} ({log} has more)"
+
+
+def not_started_line(failed: WorkersNotStarted, log: Path) -> str:
+    """`the workers did not start: one on 10.0.0.2 died (killed); starting them again, failure 1 of 3 in a row`"""
+    then = "starting them again" if failed.again else "not started again"
+    failure = "" if failed.failure is None else f", failure {failed.failure} of {failed.limit} in a row"
+    return f"the workers did not start: {failed.why}; {then}{failure} ({log} has more)"
 
 
 def stalled_line(stalled: Sequence[WorkerStalled], hosts: Mapping[int, str], log: Path) -> str:

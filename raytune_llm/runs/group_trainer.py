@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray._private.state import actors
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -21,17 +22,20 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import placement_group_table, remove_placement_group
+
+from raytune_llm.runs.faults import MAX_NAMED
 
 NOT_NEEDED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class GroupTrainer(TorchTrainer):
-    def __init__(self, *arguments: Any, again: Callable[[Exception], bool], **settings: Any) -> None:
-        """again: called in a thread of this process with each error of Ray Train; it returns whether to start the group again."""
+    def __init__(self, *arguments: Any, again: Callable[[Exception], bool], starts_within_s: float, **settings: Any) -> None:
+        """again: called in a thread of this process with each error of Ray Train; it returns whether to start the group again.
+        starts_within_s: how long workers that have their resources may take to start, for which Ray would wait without limit."""
         super().__init__(*arguments, **settings)
         self._again = again
-        self._groups = Groups()
+        self._groups = Groups(starts_within_s)
 
     def end(self) -> None:
         """End the workers from another thread, even while they start. `fit` then raises."""
@@ -85,18 +89,30 @@ class Asked(FailurePolicy):
 class Groups:
     """The groups of workers that a controller starts, one after another, until they are ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, starts_within_s: float) -> None:
+        self._starts_within_s = starts_within_s
         self._lock = threading.Lock()
         self._group: Group | None = None
         self._place: Any = None
         self._waits = self._ended = False
+        self._start: threading.Timer | None = None
+        """Ends a start that takes too long."""
+        self._late: StartedTooLate | None = None
 
     def create(self, **settings: Any) -> WorkerGroup:
         """Called by the controller."""
         if self._ended:
             raise RuntimeError("the group was ended")
-        self._group = Group(self, **settings)
-        self._group._start()
+        self._group, self._late = Group(self, **settings), None
+        try:
+            self._group._start()
+        except Exception:
+            if self._late is not None:
+                raise self._late from None
+            raise
+        finally:
+            if self._start is not None:
+                self._start.cancel()
         return self._group
 
     def nodes(self) -> set[str]:
@@ -117,6 +133,13 @@ class Groups:
     def placed(self) -> None:
         """Called when the placement group has its resources."""
         self._waits = False
+        self._start = threading.Timer(self._starts_within_s, self._end_start)
+        self._start.daemon = True
+        self._start.start()
+
+    def _end_start(self) -> None:
+        self._late = StartedTooLate(self._place, self._starts_within_s)
+        remove_placement_group(self._place)
 
     def ended(self) -> bool:
         return self._ended
@@ -128,6 +151,22 @@ class Groups:
             place = self._place
         if place is not None:  # in a thread, since the call waits for a head that may be gone
             threading.Thread(target=remove_placement_group, args=(place,), daemon=True).start()
+
+
+class StartedTooLate(Exception):
+    """A process of the group stands still, or its machine does."""
+
+    def __init__(self, place: Any, limit_s: float) -> None:
+        nodes = nodes_without_workers(place)
+        named = ", ".join(nodes[:MAX_NAMED]) + (f" and {len(nodes) - MAX_NAMED} more nodes" if len(nodes) > MAX_NAMED else "")
+        super().__init__(f"those on {named} have not all answered within {limit_s:g} s: a process or a machine stands still")
+
+
+def nodes_without_workers(place: Any) -> list[str]:
+    """Addresses of a placement group's nodes where a worker has not started; where all have, of all its nodes."""
+    ids = set(placement_group_table(place)["bundles_to_node_id"].values())
+    starting = {actor["Address"]["NodeID"] for actor in actors(actor_state_name="PENDING_CREATION").values()}
+    return sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in (ids & starting or ids))
 
 
 class Group(WorkerGroup):

@@ -9,10 +9,10 @@ from typing import Any
 
 from raytune_llm.errors import UserError
 from raytune_llm.report.updates import SampledAnswer, Update
-from raytune_llm.runs.faults import WorkersLost, WorkerStalled, WorkersWait
+from raytune_llm.runs.faults import WorkersLost, WorkersNotStarted, WorkerStalled, WorkersWait
 from raytune_llm.runs.outcome import TrainOutcome
 
-Message = Mapping[str, Any] | Update | WorkersLost | WorkerStalled | WorkersWait | Sequence[SampledAnswer]
+Message = Mapping[str, Any] | Update | WorkersLost | WorkersNotStarted | WorkerStalled | WorkersWait | Sequence[SampledAnswer]
 """A record of metrics.jsonl, an update on the run, lost, stalled or waiting workers, or a list of samples."""
 
 

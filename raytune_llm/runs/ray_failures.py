@@ -8,6 +8,8 @@ from raytune_llm.errors import ResourceError, RunLost, UserError, first_line
 
 SOURCE = re.compile(r"^\[\S+:\d+\] ")
 """The C++ file and line at the start of gloo's messages."""
+NODE = re.compile(r"^\s*ip: (\S+)", re.MULTILINE)
+"""The address of a dead actor's node, in Ray's message."""
 
 
 def how_it_ended(error: Exception) -> str:
@@ -31,12 +33,23 @@ def how_it_ended(error: Exception) -> str:
     return f"failed ({type(error).__name__}: {first[:200]})"
 
 
-def preempted(error: Exception) -> bool:
+def preempted(error: BaseException) -> bool:
     """Whether a worker was lost because its node was preempted, which does not count as a failure."""
     from ray.exceptions import RayActorError
 
     error = getattr(error, "health_check_failure", error)
     return isinstance(error, RayActorError) and error.preempted
+
+
+def why_not_started(error: BaseException) -> str:
+    """Why the workers of a group did not start, as a clause."""
+    from ray.exceptions import RayActorError
+
+    reason = error.__cause__ or error  # Ray Train's errors say what it did; the reason is the one that they were raised from
+    if isinstance(reason, RayActorError):
+        node = NODE.search(str(reason))
+        return f"one{f' on {node[1]}' if node else ''} {how_it_ended(reason)}"
+    return first_line(reason)
 
 
 def cause(error: BaseException, last_loss: str) -> BaseException:
@@ -56,7 +69,7 @@ def cause(error: BaseException, last_loss: str) -> BaseException:
         return ResourceError("a worker ran out of memory", "Lower train.micro_batch_size or data.max_length.")
     if isinstance(error, ControllerError):
         return RunLost(
-            f"the workers did not come up ({first_line(error.controller_failure)})",
+            f"the workers did not start: {why_not_started(error.controller_failure)}",
             "Look whether the machines are busy or gone; the same command resumes.",
         )
     if " died (" in last_loss or " lost the others (" in last_loss:

@@ -42,6 +42,8 @@ RAYS_FOLDER = ".ray"
 ENDS_WITHIN_S = 5.0
 """Longest wait for the workers of an interrupted group. They end with this process at the latest."""
 START_S = "30"
+STARTS_WITHIN_S = 120.0
+"""Workers that have their resources may take so long to start, at least: packages on shared storage take long to import."""
 LEAVES = "a node is being taken away"
 COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Device type -> torch's back ends for collectives. GPU workers also have gloo, for parameters that are offloaded to host
@@ -158,6 +160,7 @@ class Group:
         if channel.callback_error is not None:
             raise channel.callback_error
         assert channel.outcome is not None
+        restarts.worked()
         return channel.outcome
 
     def _trainer(self, size: GroupSize, restarts: Restarts, inbox: Any) -> GroupTrainer:
@@ -177,6 +180,7 @@ class Group:
         return GroupTrainer(
             worker_main,
             again=lambda error: restarts.again(error, inbox.put.remote),
+            starts_within_s=max(STARTS_WITHIN_S, resources.collective_timeout_s),
             train_loop_config=settings,
             torch_config=TorchConfig(
                 backend=COLLECTIVES["cuda" if size.gpus else "cpu"], timeout_s=max(1, round(resources.collective_timeout_s))

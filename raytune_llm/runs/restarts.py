@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from raytune_llm.errors import UserError, first_line
-from raytune_llm.runs.faults import WorkersLost
-from raytune_llm.runs.ray_failures import how_it_ended, preempted
+from raytune_llm.errors import UserError
+from raytune_llm.runs.faults import WorkersLost, WorkersNotStarted
+from raytune_llm.runs.ray_failures import how_it_ended, preempted, why_not_started
 
 HOUR_S = 3600.0
 START_FAILURES = 3
@@ -54,22 +54,32 @@ class Restarts:
         """Called when a new group begins. If it ends without a decision, no other group follows."""
         self.allowed, self.why = False, ""
 
-    def again(self, error: Exception, send: Callable[[WorkersLost], None]) -> bool:
+    def worked(self) -> None:
+        """Called when a group has ended as it should."""
+        self._not_started = 0
+
+    def again(self, error: Exception, send: Callable[[WorkersLost | WorkersNotStarted], None]) -> bool:
         """Whether Ray should start the group again after an error of Ray Train. send: called with the lost workers."""
         workers = getattr(error, "worker_failures", None)
-        self.allowed = self._starts_again(error) if workers is None else self._works_again(workers, send)
+        self.allowed = self._starts_again(error, send) if workers is None else self._works_again(workers, send)
         return self.allowed and self.in_place
 
-    def _starts_again(self, error: Exception) -> bool:
+    def _starts_again(self, error: Exception, send: Callable[[WorkersNotStarted], None]) -> bool:
         """The decision after a group that could not start. If it found no resources, it may wait without limit."""
         from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
         reason = getattr(error, "controller_failure", error)
-        self.why = f"the workers did not start ({first_line(reason)})"
+        why = why_not_started(reason)
+        self.why = f"the workers did not start ({why})"
         if isinstance(reason, WorkerGroupStartupTimeoutError):
             return True
-        self._not_started += 1
-        return self._not_started <= START_FAILURES
+        failure = None
+        if not (preempted(reason.__cause__ or reason) or self._node_is_lost()):
+            self._not_started += 1
+            failure = self._not_started
+        failed = WorkersNotStarted(why=why, details=str(reason), failure=failure, limit=START_FAILURES)
+        send(failed)
+        return failed.again
 
     def _works_again(self, workers: dict[int, Exception], send: Callable[[WorkersLost], None]) -> bool:
         """The decision after workers failed. workers: rank -> error."""

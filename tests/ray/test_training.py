@@ -11,17 +11,22 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import RunConfig, ScalingConfig
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
 
 from raytune_llm import api, load_config, session
 from raytune_llm.config.resources import Cluster, Local, uses_ray
 from raytune_llm.config.run import TrainRun
 from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.report.updates import Notice, RunStarted
+from raytune_llm.runs.group_trainer import GroupTrainer
+from raytune_llm.runs.ray_failures import why_not_started
 from raytune_llm.runs.ray_metrics import GAUGES, PREFIX
 from tests.group import metrics
 from tests.invariant.test_same_run_everywhere import SAMPLED, assert_same_run
@@ -243,10 +248,7 @@ def forever(settings: Mapping[str, Any]) -> None:
 def test_a_group_that_is_ended_leaves_nothing_on_the_cluster(plain: TrainRun, tmp_path: Path, when: str) -> None:
     import ray
     from ray._private.state import actors
-    from ray.train import RunConfig, ScalingConfig
     from ray.util import placement_group_table
-
-    from raytune_llm.runs.group_trainer import GroupTrainer
 
     session.connect(resources_of(on_ray(plain, tmp_path)))
     total = ray.cluster_resources()["CPU"]
@@ -255,6 +257,7 @@ def test_a_group_that_is_ended_leaves_nothing_on_the_cluster(plain: TrainRun, tm
     trainer = GroupTrainer(
         forever,
         again=lambda error: False,
+        starts_within_s=300,
         train_loop_config={},
         scaling_config=size,
         run_config=config,
@@ -282,6 +285,57 @@ def test_a_group_that_is_ended_leaves_nothing_on_the_cluster(plain: TrainRun, tm
     wait_until(lambda: all(place["state"] == "REMOVED" for place in placement_group_table().values()))
     wait_until(lambda: all(actor["State"] == "DEAD" for actor in actors().values()))
     wait_until(lambda: ray.available_resources().get("CPU") == total)
+
+
+@dataclass
+class StandsStillOnce(TorchConfig):
+    """The first group's worker stops as it starts: it holds its resources, and does not train yet."""
+
+    seen: str = ""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return StandingStill
+
+
+class StandingStill(Backend):
+    def on_start(self, worker_group: Any, backend_config: StandsStillOnce) -> None:
+        worker_group.execute_single(0, stand_still_once, Path(backend_config.seen))
+
+
+def stand_still_once(seen: Path) -> None:
+    if not seen.exists():
+        seen.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def nothing(settings: Mapping[str, Any]) -> None:
+    pass
+
+
+@pytest.mark.long
+def test_a_group_whose_worker_stands_still_as_it_starts_is_started_again(plain: TrainRun, tmp_path: Path) -> None:
+    import ray
+
+    session.connect(resources_of(on_ray(plain, tmp_path)))
+    told: list[str] = []
+
+    def again(error: Exception) -> bool:
+        told.append(why_not_started(getattr(error, "controller_failure", error)))
+        return True
+
+    GroupTrainer(
+        nothing,
+        again=again,
+        starts_within_s=12,
+        train_loop_config={},
+        torch_config=StandsStillOnce(seen=str(tmp_path / "seen")),
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=str(tmp_path)),
+    ).fit()
+    here = ray.util.get_node_ip_address()
+    assert (tmp_path / "seen").exists()
+    assert f"those on {here} have not all answered within 12 s: a process or a machine stands still" in told
 
 
 def wait_until(seen: Callable[[], bool]) -> None:

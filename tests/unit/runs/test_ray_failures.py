@@ -61,8 +61,8 @@ def test_what_listens_and_is_no_head_of_ray_is_named_within_seconds(answer: byte
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ControllerError(RuntimeError("")), "the workers did not come up (RuntimeError)"),
-        (ControllerError(TimeoutError("no place in 300 s\nmore")), "the workers did not come up (no place in 300 s)"),
+        (ControllerError(RuntimeError("")), "the workers did not start: RuntimeError"),
+        (ControllerError(TimeoutError("no place in 300 s\nmore")), "the workers did not start: no place in 300 s"),
         (WorkerGroupError("", {0: OutOfMemoryError("killed")}), "a worker ran out of memory"),
         (WorkerGroupError("", {1: ConfigError("train.x", "must be y")}), "train.x must be y"),
         (ActorDiedError(), "Ray lost the run"),

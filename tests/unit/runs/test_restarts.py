@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError
@@ -11,7 +14,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from raytune_llm.errors import ConfigError
 from raytune_llm.runs import restarts
-from raytune_llm.runs.faults import WorkersLost
+from raytune_llm.runs.faults import not_started_line
 from raytune_llm.runs.group_trainer import Asked
 from raytune_llm.runs.restarts import HOUR_S, START_FAILURES, Failures, Restarts
 
@@ -25,7 +28,7 @@ class Run:
 
     def __init__(self, *, max_failures: int = 3, in_place: bool = True, nodes_gone: bool | None = None) -> None:
         self.now, self.nodes_gone = 0.0, nodes_gone
-        self.lost: list[WorkersLost] = []
+        self.lost: list[Any] = []
         self.counted: list[int] = []
         self.restarts = Restarts(
             failures=Failures(limit=max_failures, clock=lambda: self.now),
@@ -104,6 +107,40 @@ def test_a_group_waits_for_its_place_as_long_as_it_takes():
     run = Run(max_failures=0)
     assert all(run.again(NO_PLACE) for _ in range(100))
     assert not run.lost
+
+
+def test_a_worker_that_died_as_it_started_is_told_with_its_node():
+    run = Run()
+    failed = died_at_start(WorkerGroupStartupFailedError("One of the worker actors failed to initialize due to error:"))
+    assert run.again(failed)
+    log = Path("workers.log")
+    said = "the workers did not start: one on 10.0.0.2 died (killed)"
+    assert not_started_line(run.lost[-1], log) == f"{said}; starting them again, failure 1 of 3 in a row (workers.log has more)"
+    while run.again(failed):
+        pass
+    assert not_started_line(run.lost[-1], log) == f"{said}; not started again, failure 4 of 3 in a row (workers.log has more)"
+
+
+def test_a_node_that_goes_each_time_a_group_starts_does_not_end_an_elastic_run(monkeypatch):
+    monkeypatch.setattr(restarts, "SECOND_LOOK_S", 0.0)
+    run = Run(in_place=False, nodes_gone=True)
+    failed = died_at_start(WorkerGroupStartupFailedError(""))
+    for _ in range(2 * START_FAILURES):
+        run.again(failed)
+        assert run.restarts.allowed
+    assert not_started_line(run.lost[-1], Path("w")).endswith("one on 10.0.0.2 died (killed); starting them again (w has more)")
+    run.nodes_gone = False
+    for _ in range(2 * START_FAILURES):
+        run.again(failed)
+        assert run.restarts.allowed
+        run.restarts.worked()  # the next group trained until it was asked to save and end
+
+
+def died_at_start(failed: WorkerGroupStartupFailedError) -> ControllerError:
+    failed.__cause__ = ActorDiedError(
+        ActorDiedErrorContext(actor_id=b"0" * 16, class_name="Worker", node_ip_address="10.0.0.2", pid=7, error_message="exited")
+    )
+    return ControllerError(failed)
 
 
 def test_a_group_that_does_not_start_is_given_up_unless_one_did_in_between():
