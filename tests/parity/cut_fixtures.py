@@ -17,7 +17,7 @@ from tests.parity.sets import FULL, KEPT
 Case = dict[str, Any]
 
 LOSSES = ("kto", "logprobs", "model_steps", "optim", "preference", "reward", "sft")
-KINDS_WITHOUT_A_TEST = {"newton_schulz", "grpo", "dapo", "gspo"}
+KINDS_WITHOUT_A_TEST = {"grpo", "dapo", "gspo"}
 WEIGHTS = ("tiny_llama", "tiny_llama_ref", "adapter_dora_s0", "adapter_lora_s0", "adapter_rslora_s0")
 
 WELL_KNOWN = ("chatml", "llama3", "mistral", "qwen3")

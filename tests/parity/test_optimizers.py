@@ -14,9 +14,14 @@ from raytune_llm.train.optimizers.apollo import Apollo
 from raytune_llm.train.optimizers.galore import galore
 from raytune_llm.train.optimizers.groups import Trained
 from raytune_llm.train.optimizers.low_rank import low_rank_groups
-from raytune_llm.train.optimizers.muon import muon
+from raytune_llm.train.optimizers.muon import muon, orthogonalized
 from raytune_llm.train.strategies.clipped_step import LossScale, clipped_step
 from tests.parity.sets import oracle
+
+
+def test_every_kind_of_case_is_compared_here_or_with_the_schedules() -> None:
+    kinds = {"adamw", "muon", "newton_schulz", "galore", "apollo", "grad_clip", "schedule"}
+    assert {case["kind"] for case in oracle("optim")["cases"]} == kinds
 
 
 def cases(kind: str) -> list[Any]:
@@ -58,6 +63,14 @@ def test_muon_has_the_reference_weights_as_near_as_bf16_comes(case: dict[str, An
     assert (expected[0] - before).abs().max() > 3 * bound
     for step, (ours, theirs) in enumerate(zip(after[: len(expected)], expected, strict=True)):
         assert (ours - theirs).abs().max() < (step + 1) * bound
+
+
+@pytest.mark.parametrize(("case", "inputs"), cases("newton_schulz"))
+def test_singular_values_come_near_1_as_the_reference_ones_do(case: dict[str, Any], inputs: dict[str, Any]) -> None:
+    gradient, expected = torch.tensor(inputs["grads"][0]), case["expected"]
+    for given, name in ((gradient, "out"), (gradient.T, "out_transposed_input")):
+        reference = torch.tensor(expected[name])
+        assert (orthogonalized(given[None])[0] - reference).abs().max() < 0.05 < reference.abs().max() / 3
 
 
 @pytest.mark.parametrize(("case", "inputs"), cases("galore"))
