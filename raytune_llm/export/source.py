@@ -31,7 +31,7 @@ from raytune_llm.hub import hub_failures
 from raytune_llm.models.adapters.low_rank import LowRank, added
 from raytune_llm.models.adapters.mergeable import Mergeable
 from raytune_llm.models.adapters.method import tied_ends, ties_ends
-from raytune_llm.models.adapters.saved import changes_one_end, other_base
+from raytune_llm.models.adapters.saved import changes_one_end, has_new_tokens, other_base
 from raytune_llm.models.finite import all_finite
 from raytune_llm.models.load import load_config, load_model
 from raytune_llm.models.stored import changes_as_loaded, other_shape, tensor_files
@@ -71,7 +71,7 @@ class Source:
     @property
     def scores(self) -> bool:
         """Whether it is a reward model, with a score head instead of the language model's."""
-        return SCORE in self.facts or any(adapter.scores for adapter, _ in self.adapters)
+        return SCORE in self.facts or any(adapter.scores for adapter in (*self.under, *(one for one, _ in self.adapters)))
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -147,7 +147,8 @@ class Source:
 
     @cached_property
     def wholes(self) -> dict[str, Mergeable]:
-        """Name -> adapter, for weights that an adapter replaces (modules_to_save)."""
+        """Name -> adapter, for weights that an adapter replaces (modules_to_save). One of `adapters` replaces them after those of
+        `under`, whose last one counts."""
         found: dict[str, Mergeable] = {}
         for adapter, _ in self.adapters:
             for name in adapter.wholes:
@@ -155,7 +156,7 @@ class Source:
                     rule = f"can't be merged: {name} is whole in two of them, {found[name].folder} and {adapter.folder}"
                     raise ConfigError("export.adapters", rule)
                 found[name] = adapter
-        return found
+        return {name: adapter for adapter in self.under for name in adapter.wholes} | found
 
     def outputs(self, dtype: torch.dtype | None) -> list[TensorFact]:
         """Name, shape and dtype of the merged model's tensors. dtype None: each keeps that of the base. Raises ConfigError for an
@@ -206,8 +207,8 @@ class Source:
             return self.wholes[name].whole(name)
         value = self.stored.read(name)
         for adapter in self.under:
-            if adapter.changes(name):
-                value = adapter.merged(name, value)
+            merged = _with(adapter, name, value)
+            value = value if merged is None else merged
         made = [(one, factor) for adapter, factor in self.adapters if (one := _with(adapter, name, value)) is not None]
         if not made:
             return value
@@ -405,8 +406,10 @@ def _check(source: Source, *, merges: bool) -> None:
         rule = "can have one adapter with new tokens, whose weight is 1: their embeddings can't be added up"
         raise ConfigError("export.adapters", rule, got=[adapter.folder for adapter, _ in with_tokens])
     for adapter in source.under:
-        if adapter.wholes or adapter.token_rows:
-            rule = "must be an adapter of linear layers only, to be merged from files"
+        if adapter.token_rows:
+            raise has_new_tokens(adapter.folder, adapter.setting)
+        if adapter.scores and not all(above.scores for above, _ in source.adapters):
+            rule = "must not be a reward model's adapter below one of a language model"
             raise ConfigError(adapter.setting, rule, got=adapter.folder)
     factors = {adapter.folder: factor for adapter, factor in source.adapters}
     for adapter in (*source.under, *(adapter for adapter, _ in source.adapters)):

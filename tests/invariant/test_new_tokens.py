@@ -69,6 +69,16 @@ def deltas(run: TrainRun) -> dict[str, torch.Tensor]:
     return {name: value for name, value in saved.items() if "trainable_tokens" in name}
 
 
+def test_an_adapter_with_them_is_not_merged_below_another(whole: TrainRun, tmp_path: Path):
+    words = ["model=hub", f"model.path={whole.model.path}", f"model.merged_adapters=['{final(whole)}']", "resources=inline"]
+    said = r"model\.merged_adapters must not have embeddings of new tokens.*set model\.path to the result"
+    with pytest.raises(ConfigError, match=said):
+        api.train(load_config("train", [*words, "data=chat", f"data.path={whole.data.path}", f"output_dir={tmp_path / 'run'}"]))
+    with pytest.raises(ConfigError, match=said):
+        api.export(load_config("export", [*words, f"export.output_dir={tmp_path / 'out'}"]))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+
+
 def test_they_are_trained_and_peft_loads_them_alone_and_merged(whole: TrainRun):
     tied = len(deltas(whole)) == 1
     assert tied or len(deltas(whole)) == 2

@@ -29,6 +29,7 @@ from raytune_llm.models.adapters.saved import (
     PREFIX,
     WEIGHTS,
     changes_one_end,
+    has_new_tokens,
     load_weights,
     names_of,
     read_config,
@@ -114,6 +115,8 @@ class PeftAdapters:
         For a model on the meta device, this only checks that the adapter fits.
         """
         assert self._peft is None
+        if token_ids_of(source.path, source.setting):
+            raise has_new_tokens(source.path, source.setting)
         self._put(OWN, OWN, source)
         self._check_ends(source)
         if next(self._base.parameters()).is_meta:

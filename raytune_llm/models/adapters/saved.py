@@ -161,6 +161,14 @@ def unfit(what: str, path: str, setting: str, base_model: str | None) -> ConfigE
     )
 
 
+def has_new_tokens(path: str, setting: str) -> ConfigError:
+    """The error for an adapter with embeddings of new tokens in model.merged_adapters."""
+    rule = "must not have embeddings of new tokens, which the model's own embedding lacks"
+    return ConfigError(
+        setting, rule, got=path, fix="Export that adapter merged (export.adapters), and set model.path to the result."
+    )
+
+
 def changes_one_end(name: str, path: str, setting: str) -> ConfigError:
     """The error for merging an adapter on the embedding or the head if these are tied."""
     rule = f"can't be merged: it changes {name}, but the embedding and the head are tied, and it changes only one of them"

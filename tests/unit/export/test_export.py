@@ -138,6 +138,13 @@ def test_a_reward_model_gives_the_scores_of_base_and_adapter(base, tmp_path):
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, PeftModel.from_pretrained(before, folder).eval()(IDS).logits, atol=1e-5)
     assert loaded.config.num_labels == 1
+    below = [f"model.merged_adapters=['{folder}']"]
+    exported(base, tmp_path / "below", *below)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "below").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, again(IDS).logits, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"model\.merged_adapters must not be a reward model's adapter below one of a language"):
+        exported(base, tmp_path / "no", *below, f"export.adapters={{a: '{adapter_of(base, METHODS['lora'], 'words')}'}}")
     assert done.difference is not None and done.difference.max_abs < 1e-5
 
 

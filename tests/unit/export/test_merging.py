@@ -146,7 +146,7 @@ def test_an_adapter_on_one_end_of_a_tied_model_is_not_merged_and_is_exported_alo
     with pytest.raises(ConfigError, match=said):
         merge(loaded(base), [str(made)])
     for settings in (f"export.adapters={{a: '{made}'}}", f"model.merged_adapters=['{made}']"):
-        with pytest.raises(ConfigError, match=f"{said}|an adapter of linear layers only"):
+        with pytest.raises(ConfigError, match=said):
             exported(base, tmp_path / "out", settings)
     exported(base, tmp_path / "out", f"export.adapters={{a: '{made}'}}", "export.format=adapter")
     found = PeftModel.from_pretrained(loaded(base), str(tmp_path / "out")).eval()
