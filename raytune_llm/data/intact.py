@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from raytune_llm.atomic_file import write_atomically
-from raytune_llm.data.store import Store
+from raytune_llm.data.store import check_listed, compare_shards, read_manifest
 
 
-def check_intact(store: Store) -> None:
-    """Raises DataError for a shard that does not match its hash."""
-    for member in store.members:
-        check_intact(member)
-    record = store.folder.with_name(f".{store.folder.name}.checked")
-    stamps = {shard["name"]: _stamp(store.folder / shard["name"]) for shard in store.manifest["shards"]}
+def check_intact(folder: Path) -> None:
+    """Raises DataError for a shard of the store in a folder that does not match its hash. Called before the store is opened."""
+    manifest = read_manifest(folder)
+    for member in manifest.get("members", ()):
+        check_intact(folder.parent / member["store"])
+    for shard in manifest["shards"]:
+        check_listed(folder / shard["name"], shard)
+    record = folder.with_name(f".{folder.name}.checked")
+    hashes = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    stamps = {name: _stamp(folder / name) for name in hashes}
     compared = _compared(record)
-    changed = [name for name, stamp in stamps.items() if compared.get(name) != stamp]
+    changed = {name: sha256 for name, sha256 in hashes.items() if compared.get(name) != stamps[name]}
     if changed:
-        store.verify(changed)
+        compare_shards(folder, changed)
         with suppress(OSError):  # another user's cache, or a full disk: compared again next time
             write_atomically(record, json.dumps(stamps))
 

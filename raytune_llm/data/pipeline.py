@@ -306,8 +306,8 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
             complete(folder, shards, made_from, target, kind=preprocessor.kind, end_of_row=preprocessor.targets.end_of_row)
     if shared is not None:
         shared.publish()
+    check_intact(target)
     store = open_store(place)
-    check_intact(store)
     _check_dropped(one.path, store.num_rows, store.dropped, data.max_bad_fraction)
     return store
 

@@ -17,7 +17,7 @@ from functools import partial as bound
 from pathlib import Path
 
 from raytune_llm.config.paths import expanded
-from raytune_llm.data.store import MANIFEST, Shard, Store, locked, manifest_in, partial, under_construction
+from raytune_llm.data.store import MANIFEST, Shard, Store, locked, manifest_in, partial, record, shard_at, under_construction
 from raytune_llm.errors import DataError
 from raytune_llm.file_hash import sha256_of
 from raytune_llm.object_store import AT_ONCE, RemoteFolder, is_address
@@ -135,9 +135,10 @@ class SharedStore:
             self._folder_of(sha256).download([name], folder)
         except FileNotFoundError:
             raise DataError(f"{self.place}/{name}", "is missing", fix) from None
-        if not sha256_of(path).startswith(sha256):
+        if not (found := sha256_of(path)).startswith(sha256):
             path.unlink()
             raise DataError(f"{self.place}/{name}", "has other bytes than were written", fix)
+        record(path, shard_at(path, found))
 
 
 def has_folder(place: str) -> bool:

@@ -6,8 +6,8 @@ rows and so their columns (data/kinds/). The key is a hash of everything that de
 Several stores of one kind can form a joined store: a folder with a manifest that lists them, and no shards of its own.
 
 A store under construction is named `.<key>.partial`. Its shards are written in any order, each to a temporary file that is
-renamed, and outline.json has their number, so that data/streaming.py can read them as they appear. The folder is renamed at the
-end, so a store is complete or absent.
+renamed, and outline.json has their number, so that data/streaming.py can read them as they appear. Until the manifest lists them,
+each has its hash and number of rows in a file beside it. The folder is renamed at the end, so a store is complete or absent.
 
 The statistics of a shard are in the metadata of its Arrow schema, so that a later run can reuse the finished shards of a crashed
 one.
@@ -21,10 +21,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -41,7 +42,7 @@ from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.kind import Column, Kind, MappedShard, Rows, joined
 from raytune_llm.disk import DISK_FULL, free_bytes
-from raytune_llm.errors import ConfigError, DataError, ResourceError
+from raytune_llm.errors import ConfigError, DataError, ResourceError, first_line
 from raytune_llm.file_hash import sha256_of
 
 FORMAT_VERSION = 4
@@ -126,6 +127,7 @@ def write_shard(
             with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
             shard = Shard(path.name, beside.stat().st_size, sha256_of(beside), stats)
+            record(path, shard)
             beside.rename(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -148,16 +150,35 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 def finished_shard(path: Path) -> Shard | None:
     """A shard that an earlier run finished. None: there is none, or it is damaged."""
-    if not path.exists():
-        return None
     try:
-        with pa.memory_map(str(path)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata
-    except pa.ArrowInvalid:
+        sha256 = sha256_of(path)
+        return shard_at(path, sha256) if sha256 == recorded(path)[0] else None
+    except FileNotFoundError:
         return None
-    if metadata is None or _STATS not in metadata:
-        return None
-    return Shard(path.name, path.stat().st_size, sha256_of(path), ShardStats.from_json(json.loads(metadata[_STATS])))
+
+
+def shard_at(path: Path, sha256: str) -> Shard:
+    """The shard in an undamaged file of this hash."""
+    with pa.memory_map(str(path)) as source:
+        metadata = pa.ipc.open_file(source).schema.metadata
+    return Shard(path.name, path.stat().st_size, sha256, ShardStats.from_json(json.loads(metadata[_STATS])))
+
+
+def record(path: Path, shard: Shard) -> None:
+    """Keep the hash and the number of rows of a shard of a store under construction. Called before the shard appears."""
+    _record_of(path).write_text(f"{shard.sha256} {shard.stats.rows}")
+
+
+def recorded(path: Path) -> tuple[str, int]:
+    """The hash and the number of rows that `record` kept of a shard. Raises FileNotFoundError if it is not made yet."""
+    found = re.fullmatch(rb"([0-9a-f]{64}) (\d+)", _record_of(path).read_bytes())
+    if found is None:  # half of it is written
+        raise FileNotFoundError(path)
+    return found[1].decode(), int(found[2])
+
+
+def _record_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.made")
 
 
 @contextmanager
@@ -259,7 +280,7 @@ def complete(
     listed = {shard.name for shard in shards}
     for file in folder.iterdir():
         if file.name not in listed:
-            file.unlink()  # left by a writer that was killed
+            file.unlink()  # the shards' records, and what a writer that was killed left
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -320,7 +341,9 @@ class Store(Rows):
         self.members = [Store.open(folder.parent / member["store"]) for member in manifest.get("members", ())]
         self.sources = tuple(member["source"] for member in manifest.get("members", ()))
         """Source names of a joined store's members; empty for others."""
-        shards = [_map_listed_shard(folder / shard["name"], shard) for shard in manifest["shards"]]
+        for shard in manifest["shards"]:
+            check_listed(folder / shard["name"], shard)
+        shards = [map_shard(folder / shard["name"]) for shard in manifest["shards"]]
         shards += [shard for member in self.members for shard in member.shards]
         self.identity = self.manifest_hash
         super().__init__(KINDS[manifest["kind"]], manifest["end_of_row"], shards)
@@ -332,23 +355,7 @@ class Store(Rows):
         Raises DataError if the folder has no store, or one that is damaged or of another version.
         """
         folder = Path(folder)
-        try:
-            manifest = manifest_in((folder / MANIFEST).read_bytes(), str(folder))
-        except FileNotFoundError:
-            raise DataError(
-                str(folder), "is not a token store (it has no manifest)", "Create it with the verb prepare."
-            ) from None
-        except IsADirectoryError:
-            raise _corrupt(folder / MANIFEST, "is a folder") from None
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                str(folder),
-                f"is a token store of version {manifest.get('format_version')}, this program reads version {FORMAT_VERSION}",
-                "Delete the folder and run prepare again.",
-            )
-        if manifest["kind"] not in KINDS:
-            raise _corrupt(folder / MANIFEST, f"has rows of the unknown kind {manifest['kind']!r}")
-        return cls(folder, manifest, place)
+        return cls(folder, read_manifest(folder), place)
 
     @cached_property
     def row_sources(self) -> np.ndarray:
@@ -363,18 +370,38 @@ class Store(Rows):
             content["members"] = [member.manifest_hash for member in self.members]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def verify(self, names: Collection[str] | None = None) -> None:
-        """Read shards in full and compare their hashes. Raises DataError for a difference. names: of this store's own shards;
-        None: all, with those of its members."""
-        if names is None:
-            for member in self.members:
-                member.verify()
-        listed = {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
-        mine = list(listed) if names is None else list(names)
-        with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
-            for name, found in zip(mine, pool.map(lambda name: sha256_of(self.folder / name), mine), strict=True):
-                if found != listed[name]:
-                    raise _corrupt(self.folder / name, "does not match its hash in the manifest")
+    def verify(self) -> None:
+        """Read all shards in full, with those of its members, and compare their hashes. Raises DataError for a difference."""
+        for member in self.members:
+            member.verify()
+        compare_shards(self.folder, {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]})
+
+
+def compare_shards(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Read shards in full. hashes: by name. Raises DataError for a difference."""
+    with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
+        for name, found in zip(hashes, pool.map(lambda name: sha256_of(folder / name), hashes), strict=True):
+            if found != hashes[name]:
+                raise corrupt(folder / name, "does not match its hash in the manifest")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the store in a folder. Raises DataError if there is none, or one that is damaged or of another version."""
+    try:
+        manifest = manifest_in((folder / MANIFEST).read_bytes(), str(folder))
+    except FileNotFoundError:
+        raise DataError(str(folder), "is not a token store (it has no manifest)", "Create it with the verb prepare.") from None
+    except IsADirectoryError:
+        raise corrupt(folder / MANIFEST, "is a folder") from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            str(folder),
+            f"is a token store of version {manifest.get('format_version')}, this program reads version {FORMAT_VERSION}",
+            "Delete the folder and run prepare again.",
+        )
+    if manifest["kind"] not in KINDS:
+        raise corrupt(folder / MANIFEST, f"has rows of the unknown kind {manifest['kind']!r}")
+    return manifest
 
 
 def manifest_in(content: bytes, place: str) -> dict[str, Any]:
@@ -389,32 +416,37 @@ def manifest_in(content: bytes, place: str) -> dict[str, Any]:
     raise DataError(f"{place}/{MANIFEST}", problem, f"Delete {place} and run prepare again.")
 
 
-def _map_listed_shard(path: Path, listed: Mapping[str, Any]) -> MappedShard:
+def check_listed(path: Path, listed: Mapping[str, Any]) -> None:
+    """Raises DataError if a shard of the manifest is missing, or has another size."""
     if not path.exists():
-        raise _corrupt(path, "is missing")
+        raise corrupt(path, "is missing")
     if path.stat().st_size != listed["bytes"]:
-        raise _corrupt(path, f"has {path.stat().st_size} bytes, but {listed['bytes']} in the manifest")
-    return map_shard(path)
+        raise corrupt(path, f"has {path.stat().st_size} bytes, but {listed['bytes']} in the manifest")
 
 
 def map_shard(path: Path) -> MappedShard:
-    """The columns of a shard, memory-mapped. Raises FileNotFoundError, DataError if the file is truncated, and ResourceError if
-    the process has reached its limit of memory maps."""
+    """The columns of a shard, memory-mapped. Raises FileNotFoundError, DataError if the file is seen to be damaged, and
+    ResourceError if the process has reached its limit of memory maps.
+
+    Compare it with its hash first, as Arrow reads what it should not where a file's description of itself is damaged.
+    """
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except pa.ArrowInvalid as error:
-        raise _corrupt(path, f"is not readable ({error})") from None
+        return {name: _as_numpy(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except (ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+        raise corrupt(path, f"is not readable ({first_line(error)})") from None
     except OSError as error:
+        if error.errno is None:  # Arrow's own, of the content
+            raise corrupt(path, f"is not readable ({first_line(error)})") from None
         if error.errno != errno.ENOMEM:
             raise
         raise ResourceError(
             f"{path} can't be mapped into memory ({error.strerror}): a process has a map for each shard of a store",
             "Allow more (sysctl -w vm.max_map_count=1048576), or join the data's files: each has at least one shard.",
         ) from error
-    return {name: _as_numpy(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
-def _corrupt(path: Path, problem: str) -> DataError:
+def corrupt(path: Path, problem: str) -> DataError:
     return DataError(str(path), problem, f"Delete the folder {path.parent} and run prepare again.")
 
 

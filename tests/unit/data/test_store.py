@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from raytune_llm.data import store as store_module
 from raytune_llm.data.dropped import Dropped
+from raytune_llm.data.intact import check_intact
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
 from raytune_llm.data.store import Store, finished_shard, key_of, locked, under_construction, write_shard
@@ -47,6 +49,26 @@ def test_a_shard_that_is_cut_off_is_not_taken_for_finished(tmp_path):
     write_shard(tmp_path / "shard", [ConversationRow([1, 2], [1, 2])], Dropped(), kind=KINDS["conversations"])
     (tmp_path / "shard").write_bytes((tmp_path / "shard").read_bytes()[:-20])
     assert finished_shard(tmp_path / "shard") is None
+
+
+def test_whatever_byte_of_a_shard_changes_it_is_not_taken_for_finished_and_the_store_is_refused(make_store, tmp_path):
+    store = make_store(ROWS)
+    shard = tmp_path / "shard-00000.arrow"
+    write_shard(shard, [ConversationRow([1, 2], [1, 2])], Dropped(), kind=KINDS["conversations"])
+    for path, refuse in ((shard, no_finished_shard), (store.folder / shard.name, refused)):
+        content = path.read_bytes()
+        for place in {*random.Random(1).sample(range(len(content)), 300), *range(len(content) - 300, len(content))}:
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+            refuse(path)
+
+
+def no_finished_shard(path):
+    assert finished_shard(path) is None
+
+
+def refused(path):
+    with pytest.raises(DataError, match=r"shard-00000\.arrow: .*Delete the folder"):
+        check_intact(path.parent)
 
 
 def test_a_missing_shard_is_refused(make_store):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_llm.data import store as token_store
+from raytune_llm.data import streaming
 from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
@@ -26,6 +27,7 @@ from raytune_llm.data.samples import Samples
 from raytune_llm.data.store import FAILED, shard_name, write_outline, write_shard
 from raytune_llm.data.streaming import Stream
 from raytune_llm.errors import DataError
+from raytune_llm.file_hash import sha256_of
 from raytune_llm.train.progress import Progress
 
 MAX_LENGTH = 16
@@ -146,6 +148,8 @@ def test_the_store_may_be_completed_on_the_way(shards, make_store, tmp_path):
     shutil.copytree(complete.folder, making)
     (making / "manifest.json").unlink()
     write_outline(making, 5, "conversations", None)
+    for path in making.glob("shard-*"):
+        token_store.record(path, token_store.shard_at(path, sha256_of(path)))
     (making / shard_name(4)).rename(making / "later")
     steps = loader_of(stream_of(partly)).epoch(0)
     first = next(steps)
@@ -234,6 +238,50 @@ def test_what_goes_wrong_with_the_store_reaches_who_waits_for_it(shards, tmp_pat
     (making / FAILED).write_text("row 7 is bad")
     with pytest.raises(DataError, match="row 7 is bad"):
         list(loader_of(stream_of(tmp_path / "key")).epoch(0))
+
+
+def completed(folder, shards):
+    publish(folder, shards)
+    making = token_store.partial(folder)
+    listed = [token_store.finished_shard(making / shard_name(number)) for number in range(len(shards))]
+    token_store.complete(making, listed, {}, folder, kind="conversations")
+
+
+def damage(path):
+    """In its rows, so that it can be read."""
+    content = path.read_bytes()
+    place = len(content) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def test_a_damaged_shard_of_a_complete_store_is_refused_where_its_rows_begin(shards, tmp_path):
+    completed(tmp_path / "key", shards)
+    whole = seen(loader_of(stream_of(tmp_path / "key")).epoch(0))
+    damage(tmp_path / "key" / shard_name(4))
+    steps = loader_of(stream_of(tmp_path / "key")).epoch(0)
+    assert seen(islice(steps, 2)) == whole[:2]
+    with pytest.raises(DataError, match=rf"{shard_name(4)}: does not match its hash. Delete the folder"):
+        list(steps)
+
+
+def test_a_damaged_shard_of_a_store_under_construction_is_awaited_until_it_is_made_again(shards, tmp_path):
+    publish(tmp_path / "whole", shards)
+    publish(tmp_path / "key", shards)
+    damaged = token_store.partial(tmp_path / "key") / shard_name(3)
+    damage(damaged)
+    threading.Timer(0.2, write_shard, (damaged, shards[3], Dropped()), {"kind": KINDS["conversations"]}).start()
+    steps, whole = (seen(loader_of(stream_of(tmp_path / name)).epoch(0)) for name in ("key", "whole"))
+    assert steps == whole
+
+
+def test_each_shard_is_compared_with_its_hash_once_and_only_if_its_rows_are_used(shards, tmp_path, monkeypatch):
+    completed(tmp_path / "key", shards)
+    compared = []
+    monkeypatch.setattr(streaming, "sha256_of", lambda path: compared.append(path.name) or sha256_of(path))
+    stream = stream_of(tmp_path / "key")
+    for epoch in (0, 1):
+        list(stream.ordered(0, epoch, 4, threading.Event(), (4, 0)))  # from row 28 on; shard 3 has 10 to 29
+    assert compared == [shard_name(3), shard_name(4)]
 
 
 def test_a_stream_that_nobody_wants_any_more_stops_waiting(tmp_path):
