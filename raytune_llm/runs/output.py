@@ -81,16 +81,18 @@ def adopt(run: TrainRun, donor: Path) -> int:
     shutil.rmtree(here, ignore_errors=True)
     for one in checkpoint_files.complete_steps(there):
         if one in (step, best):
-            _adopt_checkpoint(checkpoint_files.path_of(there, one), checkpoint_files.path_of(here, one), identity(run, {}))
+            _adopt_checkpoint(there, here, one, identity(run, {}))
     write_adopted(folder, [record for record in history(donor) if record["step"] <= step])
     return step
 
 
-def _adopt_checkpoint(there: Path, here: Path, identity_now: dict[str, str]) -> None:
-    shutil.copytree(there / "state", here / "state", copy_function=_link)
-    document = json.loads((there / checkpoint_files.PROGRESS).read_text())
-    (here / checkpoint_files.PROGRESS).write_text(json.dumps({**document, **identity_now}, indent=1))
-    (here / checkpoint_files.COMPLETE).touch()
+def _adopt_checkpoint(there: Path, here: Path, step: int, identity_now: dict[str, str]) -> None:
+    old, new = (checkpoint_files.path_of(folder, step) / "state" for folder in (there, here))
+    shutil.copytree(old, new, copy_function=_link)
+    document = checkpoint_files.read_document(checkpoint_files.path_of(there, step))
+    hashes = document.pop(checkpoint_files.FILES)
+    checkpoint_files.write_document(here, step, {**document, **identity_now}, hashes)
+    checkpoint_files.mark_complete(here, step)
 
 
 def _link(source: str, target: str) -> None:

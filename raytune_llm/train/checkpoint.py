@@ -1,7 +1,7 @@
 """Checkpoints: `checkpoints/step-<n>/` with the training state, progress.json, and COMPLETE written last.
 
-progress.json holds a hash of every file of the state. If a checkpoint's files no longer match, it is skipped with a message, and
-the run resumes from the one before it.
+progress.json holds a hash of every file of the state, and one of itself. If a checkpoint's files no longer match, it is skipped
+with a message, and the run resumes from the one before it.
 
 The state is in torch's distributed checkpoint format: each worker writes its part, and a reader of any world size or strategy
 reads what it needs. A folder without COMPLETE is never read, and is removed at the next start. remote_checkpoints.py keeps
@@ -32,7 +32,7 @@ from raytune_llm.byte_size import in_units
 from raytune_llm.errors import DataError, ResourceError, RunLost
 from raytune_llm.storage import away_in, causes, no_space_in, patient
 from raytune_llm.train import checkpoint_files
-from raytune_llm.train.checkpoint_files import FORMAT_VERSION, path_of, write_document
+from raytune_llm.train.checkpoint_files import path_of, write_document
 from raytune_llm.train.checkpoint_writer import StateWriter
 from raytune_llm.train.progress import Progress
 from raytune_llm.train.staging import Staging, local_of
@@ -153,7 +153,7 @@ class Checkpoints:
         """
         self._staging.stop_reserving()
         self.wait()
-        document = {"format_version": FORMAT_VERSION, **asdict(progress), **identity}
+        document = {**asdict(progress), **identity}
         if self._pool is None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # the writer's threads have streams of their own

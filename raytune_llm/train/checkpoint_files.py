@@ -5,6 +5,8 @@ If the file system does not answer, each function except `complete_steps` retrie
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raytune_llm.atomic_file import write_atomically
 from raytune_llm.errors import DataError
 from raytune_llm.file_hash import sha256_of
 from raytune_llm.storage import patient
@@ -31,7 +34,9 @@ FILES = "files"
 STEP = re.compile(r"step-(\d+)")
 HASHED_AT_ONCE = 8
 """Files that one process hashes in parallel, so that the disk limits the speed and not one core."""
-FORMAT_VERSION = 2
+CONTENT = "sha256"
+"""In progress.json: the hash of all other entries, so that a changed byte shows."""
+FORMAT_VERSION = 3
 """Increase it when the format of progress.json or of the state changes."""
 
 
@@ -124,13 +129,21 @@ def read_document(place: Path) -> dict[str, Any]:
         raise DataError(str(place / PROGRESS), f"can't be read ({error})", "Delete this checkpoint.") from None
     if not isinstance(values, dict) or values.get("step") != int(place.name.removeprefix("step-")):
         raise DataError(str(place / PROGRESS), "is not the progress of this step", "Delete this checkpoint.")
-    if (version := values.pop("format_version", None)) != FORMAT_VERSION or not isinstance(values.get(FILES), dict):
+    content = values.pop(CONTENT, None)
+    if (version := values.get("format_version")) != FORMAT_VERSION:
         raise DataError(
             str(place / PROGRESS),
             f"was written by another version of this package (checkpoint format {version or 1}, not {FORMAT_VERSION})",
             "Set resume=never, or finish the run with that version.",
         )
+    if content != _content_hash(values):
+        raise DataError(str(place / PROGRESS), f"{PROGRESS} has other bytes than were written", "Delete this checkpoint.")
+    del values["format_version"]
     return values
+
+
+def _content_hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @patient("can't be read")
@@ -168,12 +181,32 @@ def begin(folder: Path, step: int) -> None:
 
 @patient("can't be written")
 def write_document(folder: Path, step: int, document: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
-    (path_of(folder, step) / PROGRESS).write_text(json.dumps({**document, FILES: hashes}, indent=1))
+    """document: the progress of the run and its identity. hashes: of the files of the state, by name."""
+    values = json.loads(json.dumps({"format_version": FORMAT_VERSION, **document, FILES: hashes}))  # as it is read
+    write_atomically(path_of(folder, step) / PROGRESS, json.dumps({**values, CONTENT: _content_hash(values)}, indent=1))
 
 
 @patient("can't be written")
 def mark_complete(folder: Path, step: int) -> None:
-    (path_of(folder, step) / COMPLETE).touch()
+    """When it returns, the checkpoint is on the disk and not in the system's memory alone: the one before it may be removed next,
+    and the power fail after that."""
+    place = path_of(folder, step)
+    _flush(place / "state")
+    (place / COMPLETE).touch()
+    _flush(place)
+    _flush(folder)
+
+
+def _flush(folder: Path) -> None:
+    """Write the folder's list of names to the disk; torch does it with the files of the state."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not flush folders
+            raise
+    finally:
+        os.close(opened)
 
 
 def _remove(folder: Path, step: int) -> None:

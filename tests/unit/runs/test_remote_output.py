@@ -213,7 +213,7 @@ def test_a_run_whose_folder_another_host_took_ends_and_writes_no_more_there(
 
 def test_of_two_writers_of_a_checkpoint_one_completes_it(own_cache: Path, memory: str):
     def complete(checkpoints: RemoteCheckpoints, folder: Path) -> None:
-        (folder / "step-2").mkdir(parents=True, exist_ok=True)
+        (folder / "step-2" / "state").mkdir(parents=True, exist_ok=True)
         (folder / "step-2" / PROGRESS).write_text("{}")
         checkpoints.complete(2)
 

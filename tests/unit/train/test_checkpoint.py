@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,33 @@ def test_what_is_saved_comes_back(checkpoints, tmp_path):
     read_back = {"parameters.weight": torch.zeros(2, 3)}
     checkpoints.load(3, lambda sizes, read: read(read_back))
     assert torch.equal(read_back["parameters.weight"], STATE["parameters.weight"])
+
+
+def test_whatever_byte_of_the_progress_changes_the_checkpoint_is_passed_over(checkpoints, tmp_path):
+    for step in (2, 4):
+        checkpoints.save(STATE, Progress(step=step, epoch=1, cursor=7, loss_last=0.25), {"settings": '{"a": 1}'})
+    path = path_of(tmp_path, 4) / PROGRESS
+    content, there = path.read_bytes(), read_progress(tmp_path, 4)
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 7]) + content[place + 1 :])
+        assert newest_sound(tmp_path) == 2 or read_progress(tmp_path, 4) == there, place
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):
+    """With keep=1 a power cut would else leave none: what is removed may reach the disk before what was written."""
+    done: list[str] = []
+    fsync, rmtree = os.fsync, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **settings: done.append(f"removed {path}") or rmtree(path, **settings))
+    checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=False)
+    checkpoints.save(STATE, Progress(step=2), {})
+    done.clear()
+    checkpoints.save(STATE, Progress(step=4), {})
+    new = path_of(tmp_path, 4)
+    names = [name.replace(f".{PROGRESS}.{os.getpid()}.partial", PROGRESS) for name in done]
+    before = names[: names.index(f"removed {path_of(tmp_path, 2)}")]
+    files = [str(path).replace(".metadata", ".metadata.tmp") for path in (new / "state").iterdir()]
+    assert {*files, f"{new / PROGRESS}", f"{new / 'state'}", f"{new}", f"{tmp_path}"} <= {*before}
 
 
 def test_the_newest_stay(checkpoints, tmp_path):
