@@ -112,15 +112,12 @@ class RemoteFolder:
         return self._persist("looked at", name, asked)
 
     def upload(self, folder: Path, names: list[str]) -> None:
-        """Upload files of a local folder. Raises OSError if one has another size in the store."""
+        """Upload files of a local folder. One that has another size in the store is uploaded again."""
 
         def one(name: str) -> None:
             def put() -> None:
                 self.store.put_file(str(folder / name), self.path(name))
-                self.store.invalidate_cache()
-                size, there = (folder / name).stat().st_size, self.store.info(self.path(name))["size"]
-                if size != there:
-                    raise OSError(f"{there} of {size} bytes arrived")
+                self._check_size(name, folder / name)
 
             self._persist("written", name, put)
 
@@ -133,9 +130,14 @@ class RemoteFolder:
         def one(name: str) -> None:
             target = folder / name
             beside = target.with_name(f".{target.name}.part")
+
+            def get() -> None:
+                self.store.get_file(self.path(name), str(beside))
+                self._check_size(name, beside)
+
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._persist("read", name, lambda: self.store.get_file(self.path(name), str(beside)))
+                self._persist("read", name, get)
                 beside.replace(target)
             finally:
                 beside.unlink(missing_ok=True)
@@ -164,6 +166,13 @@ class RemoteFolder:
         except FileNotFoundError:
             return
 
+    def _check_size(self, name: str, local: Path) -> None:
+        """Raises OSError if a file has another size here than in the store."""
+        self.store.invalidate_cache()
+        here, there = local.stat().st_size, self.store.info(self.path(name))["size"]
+        if here != there:
+            raise OSError(f"it has {there} bytes in the store and {here} here")
+
     def _at_once(self, does: Callable[[str], None], names: list[str]) -> None:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="object-store") as pool:
             list(pool.map(does, names))
@@ -175,19 +184,20 @@ class RemoteFolder:
         while True:
             try:
                 return ask()
-            except FINAL_ERRORS as error:
-                if done == "written" and isinstance(error, FileNotFoundError) and not _is_local(error):
-                    raise self._lost(name, done, error, "once there is such a bucket") from error
-                raise
             except PermissionError as error:
                 if _is_local(error):
                     raise
                 raise self._lost(name, done, error, "once that is permitted (credentials may have expired)") from error
             except Exception as error:  # each store has errors of its own, of no common kind
+                # Of a write: a store that has lost an upload in parts asks for all of them again. Or there is no such bucket.
+                lacks_place = done == "written" and isinstance(error, FileNotFoundError) and not _is_local(error)
+                if isinstance(error, FINAL_ERRORS) and not lacks_place:
+                    raise
                 if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise  # the local disk
                 if time.monotonic() + pause > until:
-                    raise self._lost(name, done, error, "once the store answers") from error
+                    then = "once there is such a bucket" if lacks_place else "once the store answers"
+                    raise self._lost(name, done, error, then) from error
                 what = f"{self.address}/{name}".rstrip("/")
                 log.warning("%s can't be %s (%s); trying again in %.1f s", what, done, first_line(error), pause)
             time.sleep(pause)

@@ -47,6 +47,12 @@ class Failing(MemoryFileSystem):
         else:
             super().put_file(lpath, rpath, *args, **kwargs)
 
+    def get_file(self, rpath: str, lpath: str, *args: Any, **kwargs: Any) -> None:
+        super().get_file(rpath, lpath, *args, **kwargs)
+        Failing.questions += 1
+        if Failing.questions % 2:  # the connection ends early, without an error
+            Path(lpath).write_bytes(Path(lpath).read_bytes()[:3])
+
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> RemoteFolder:
@@ -136,7 +142,24 @@ def test_what_a_store_no_longer_permits_ends_a_run_that_can_be_resumed(
     monkeypatch.setattr(Failing, "put_file", refuse)
     (tmp_path / "x").write_text("x")
     with pytest.raises(RunLost, match=rf"/x can't be written \({type(error).__name__}: .*{said}"):
-        folder.upload(tmp_path, ["x"])
+        RemoteFolder(folder.address, patience_s=0.05).upload(tmp_path, ["x"])
+
+
+def test_an_upload_in_parts_that_the_store_has_lost_begins_again(
+    folder: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As where a request to complete it is repeated, since its answer was lost."""
+    errors = [FileNotFoundError("The specified upload does not exist. The upload ID may be invalid.")]
+
+    def put_file(self: Failing, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        if errors:
+            raise errors.pop()
+        MemoryFileSystem.put_file(self, lpath, rpath, *args, **kwargs)
+
+    monkeypatch.setattr(Failing, "put_file", put_file)
+    (tmp_path / "x").write_text("x")
+    folder.upload(tmp_path, ["x"])
+    assert folder.files() == {"x": 1}
 
 
 def test_a_full_local_disk_is_not_the_store_s_failure(folder: RemoteFolder, tmp_path: Path):
