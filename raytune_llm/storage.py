@@ -1,4 +1,5 @@
-"""Recognizes file systems that don't answer for a while (a network file system whose server restarts) or that are full."""
+"""Recognizes file systems that don't answer for a while (a network file system whose server restarts), that are full, or that no
+longer let a program write to a folder."""
 
 from __future__ import annotations
 
@@ -87,6 +88,22 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         if isinstance(failures, dict):
             left += [entry[0] for entry in failures.values()]
         left += [before for before in (cause.__cause__, cause.__context__) if before is not None]
+
+
+def no_access_in(error: BaseException, folder: Path) -> str | None:
+    """The message if the folder, or one in it, became read-only or was removed, anywhere in the error's chain; else None."""
+    for cause in causes(error):
+        if not isinstance(cause, OSError):
+            continue
+        if cause.errno == errno.EROFS and cause.filename is None:
+            return cause.strerror
+        if not isinstance(cause.filename, str) or not (path := Path(cause.filename)).is_relative_to(folder):
+            continue
+        if cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return f"{path}: {cause.strerror}"
+        if cause.errno == errno.ENOENT and not path.parent.exists():
+            return f"{path.parent} was removed"
+    return None
 
 
 NO_SPACE = ("No space left", "Disk quota exceeded", "File too large", "inline_container", " requested and ")

@@ -18,7 +18,7 @@ from raytune_llm.disk import free_bytes
 from raytune_llm.errors import ConfigError, DataError, ResourceError, RunLost, UserError
 from raytune_llm.finished import FINISHED
 from raytune_llm.report.metrics import ADOPTED, history, write_adopted
-from raytune_llm.storage import away_in, no_space_in
+from raytune_llm.storage import away_in, no_access_in, no_space_in
 from raytune_llm.train import checkpoint_files
 
 log = logging.getLogger(__name__)
@@ -176,8 +176,8 @@ def _content(path: Path) -> bytes | None:
 
 @contextmanager
 def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str = RESUMES) -> Iterator[None]:
-    """Turns the OSError of a full disk, a quota or a limit on file size into a ResourceError that says what to do, and the error
-    of a file system that does not answer into RunLost.
+    """Turns the OSError of a full disk, a quota or a limit on file size, or of a folder that became read-only or was removed,
+    into a ResourceError that says what to do, and the error of a file system that does not answer into RunLost.
 
     setting: the setting that names the folder. then: what the same command does once there is space.
     """
@@ -188,6 +188,10 @@ def full_disk_explained(folder: Path, *, setting: str = "output_dir", then: str 
     except Exception as error:
         if (away := away_in(error)) is not None:
             raise RunLost(f"{folder} can't be read or written: {away}", f"Once the storage answers, {then}.") from error
+        if (no_access := no_access_in(error, folder)) is not None:
+            raise ResourceError(
+                f"{folder} can't be written: {no_access}", f"Make it a folder that can be written; {then}."
+            ) from error
         reason = no_space_in(error)
         if reason is None:
             raise

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from raytune_llm.byte_size import in_units
 from raytune_llm.errors import DataError, ResourceError, RunLost
-from raytune_llm.storage import away_in, causes, no_space_in, patient
+from raytune_llm.storage import away_in, causes, no_access_in, no_space_in, patient
 from raytune_llm.train import checkpoint_files
 from raytune_llm.train.checkpoint_files import path_of, write_document
 from raytune_llm.train.checkpoint_writer import StateWriter
@@ -272,6 +272,9 @@ class Checkpoints:
                     f"{what}: {no_space} ({free} are free)",
                     "Free some space, lower checkpoint.keep, or set output_dir on a larger disk; repeating the command resumes.",
                 ) from error
+            if no_access := no_access_in(error, self.folder):
+                fix = "Make it a folder that can be written; repeating the command resumes from the newest checkpoint."
+                raise ResourceError(f"{what}: {no_access}", fix) from error
             raise
 
     def _of_all(self, mine: dict[str, str]) -> dict[str, str]:

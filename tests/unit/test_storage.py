@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from raytune_llm import storage
 from raytune_llm.errors import ResourceError
-from raytune_llm.storage import PAUSES_S, away_in, patiently
+from raytune_llm.storage import PAUSES_S, away_in, no_access_in, patiently
 
 
 def failing(*errors: BaseException) -> Callable[[], str]:
@@ -60,3 +61,14 @@ def test_what_was_said_is_found_in_the_chain_of_errors_and_those_of_other_worker
     assert away_in(gathered) == os.strerror(errno.ESTALE)
     gathered.failures[0] = (KeyboardInterrupt(), None)  # type: ignore[attr-defined]
     assert away_in(gathered) is None
+
+
+def test_only_a_folder_of_the_run_itself_is_one_that_it_can_no_longer_write_to(tmp_path: Path):
+    def of(code: int, path: Path | None) -> str | None:
+        return no_access_in(OSError(code, os.strerror(code), path and str(path)), tmp_path)
+
+    assert of(errno.EROFS, None) == "Read-only file system"
+    assert of(errno.EACCES, tmp_path / "metrics.jsonl") == f"{tmp_path / 'metrics.jsonl'}: Permission denied"
+    assert of(errno.ENOENT, tmp_path / "step-2" / "state") == f"{tmp_path / 'step-2'} was removed"
+    assert of(errno.ENOENT, tmp_path / "metrics.jsonl") is None, "the folder is there: another fault"
+    assert of(errno.EACCES, tmp_path.parent / "rows.jsonl") is None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from raytune_llm import storage
-from raytune_llm.errors import DataError, RunLost
+from raytune_llm.errors import DataError, ResourceError, RunLost
 from raytune_llm.train import checkpoint, checkpoint_files
 from raytune_llm.train.checkpoint import Checkpoints, _raise_interrupt
 from raytune_llm.train.checkpoint_files import PROGRESS, complete_steps, newest_sound, path_of, read_progress, sweep
@@ -67,6 +67,35 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, mo
     before = names[: names.index(f"removed {path_of(tmp_path, 2)}")]
     files = [str(path).replace(".metadata", ".metadata.tmp") for path in (new / "state").iterdir()]
     assert {*files, f"{new / PROGRESS}", f"{new / 'state'}", f"{new}", f"{tmp_path}"} <= {*before}
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (lambda folder: shutil.rmtree(folder.parent.parent), r"step-4/state was removed"),
+        (lambda folder: read_only(folder), r"state/__0_0.distcp: Read-only file system"),
+    ],
+)
+def test_a_folder_that_is_removed_or_becomes_read_only_is_named(checkpoints, tmp_path, monkeypatch, fails, said):
+    checkpoints.save(STATE, Progress(step=2), {})
+
+    class Fails(StateWriter):
+        def write_data(self, *arguments: Any, **settings: Any) -> Any:
+            fails(Path(self.path))
+            return super().write_data(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "StateWriter", Fails)
+        with pytest.raises(
+            ResourceError, match=rf"checkpoint step-4 can't be written to .*{said}.*repeating the command resumes"
+        ):
+            checkpoints.save(STATE, Progress(step=4), {})
+    checkpoints.save(STATE, Progress(step=4), {})
+    assert newest_sound(tmp_path) == 4
+
+
+def read_only(folder: Path) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder / "__0_0.distcp"))
 
 
 def test_the_newest_stay(checkpoints, tmp_path):
