@@ -17,6 +17,7 @@ from functools import partial as bound
 from pathlib import Path
 
 from raytune_llm.config.paths import expanded
+from raytune_llm.data.intact import check_intact
 from raytune_llm.data.store import MANIFEST, Shard, Store, locked, manifest_in, partial, record, shard_at, under_construction
 from raytune_llm.errors import DataError
 from raytune_llm.file_hash import sha256_of
@@ -49,9 +50,12 @@ def local_folder(place: str) -> Path:
 
 def open_store(place: str) -> Store:
     """Open the store at a place. Raises DataError if it is missing, damaged, or of another version."""
+    folder = local_folder(place)
     if is_address(place):
         SharedStore(place).fetch()
-    return Store.open(local_folder(place), place)
+        with locked(folder.parent, f"{folder.name}.check"):  # one process of this machine compares, the others read its record
+            check_intact(folder)
+    return Store.open(folder, place)
 
 
 class SharedStore:

@@ -152,6 +152,17 @@ def test_a_shard_that_is_damaged_in_the_store_is_refused_by_name(harm, said, s3,
         open_store(first.places[0])
 
 
+def test_a_machine_s_own_copy_that_was_damaged_is_refused_by_name(s3, jsonl, prepare_run, on_machine):
+    on_machine("one")
+    place = prepared(prepare_run(jsonl([chat(0)]), f"data.cache={s3}/own")).places[0]
+    on_machine("worker")
+    shard = open_store(place).folder / "shard-00000.arrow"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2] + b"x" + content[len(content) // 2 + 1 :])
+    with pytest.raises(DataError, match=rf"{shard}: does not match its hash"):
+        open_store(place)
+
+
 def test_a_cache_that_can_not_be_written_is_refused(s3, jsonl, prepare_run, on_machine):
     on_machine("one")
     with pytest.raises(ConfigError, match=r"data\.cache must be a folder that can be written .*s3://no-such-bucket/x"):
