@@ -14,6 +14,7 @@ from raytune_llm import object_store
 from raytune_llm.errors import ConfigError, ResourceError, RunLost
 from raytune_llm.object_store import RemoteFolder, check_writable
 from tests.limits import no_file_larger_than
+from tests.s3 import Faulty, s3_bucket
 
 
 class Failing(MemoryFileSystem):
@@ -168,3 +169,23 @@ def test_a_full_local_disk_is_not_the_store_s_failure(folder: RemoteFolder, tmp_
     with no_file_larger_than(100), pytest.raises(ResourceError, match=r"can't be copied to .*here.*XDG_CACHE_HOME") as full:
         folder.download(["x"], tmp_path / "here")
     assert not isinstance(full.value, RunLost) and not list((tmp_path / "here").iterdir())
+
+
+def test_each_fault_of_a_server_is_survived_and_expired_credentials_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of botocore, which would wait for seconds; s3fs and this program also ask again
+    monkeypatch.setattr(object_store, "PAUSE_S", 0.01)
+    servers: list[Faulty] = []
+    (tmp_path / "x").write_bytes(content := bytes(range(256)) * 400)
+    with s3_bucket("faults", faulty=servers.append) as address:
+        folder, [server] = RemoteFolder(f"{address}/a"), servers
+        survived = ["SlowDown", "reset", "lost"]
+        server.faults = {"PUT": survived, "HEAD": survived[:], "GET": [*survived, "cut"], "POST": survived[:]}
+        folder.upload(tmp_path, ["x"])
+        folder.download(["x"], tmp_path / "here")
+        assert (tmp_path / "here" / "x").read_bytes() == content
+        assert folder.create("lock", b"mine") and not folder.create("lock", b"theirs")
+        folder.remove("lock")
+        assert folder.files() == {"x": len(content)} and not any(server.faults.values())
+        server.faults = {"PUT": ["ExpiredToken"] * 9}
+        with pytest.raises(RunLost, match=r"/x can't be written \(PermissionError: .*ExpiredToken.*credentials may have expired"):
+            folder.upload(tmp_path, ["x"])
