@@ -6,6 +6,7 @@ What was compared is recorded beside the store, so that no run reads a large sto
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,30 @@ def check_intact(folder: Path) -> None:
         check_intact(folder.parent / member["store"])
     for shard in manifest["shards"]:
         check_listed(folder / shard["name"], shard)
-    record = folder.with_name(f".{folder.name}.checked")
     hashes = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
-    stamps = {name: _stamp(folder / name) for name in hashes}
-    compared = _compared(record)
+    stamps, compared = _stamps(folder, manifest), _compared(folder)
     changed = {name: sha256 for name, sha256 in hashes.items() if compared.get(name) != stamps[name]}
     if changed:
         compare_shards(folder, changed)
-        with suppress(OSError):  # another user's cache, or a full disk: compared again next time
-            write_atomically(record, json.dumps(stamps))
+        _keep(folder, stamps)
+
+
+def mark_compared(folder: Path) -> None:
+    """Record that all shards of a store have just been compared."""
+    _keep(folder, _stamps(folder, read_manifest(folder)))
+
+
+def _record_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.checked")
+
+
+def _keep(folder: Path, stamps: Mapping[str, list[int]]) -> None:
+    with suppress(OSError):  # another user's cache, or a full disk: compared again next time
+        write_atomically(_record_of(folder), json.dumps(stamps))
+
+
+def _stamps(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {shard["name"]: _stamp(folder / shard["name"]) for shard in manifest["shards"]}
 
 
 def _stamp(file: Path) -> list[int]:
@@ -37,9 +53,9 @@ def _stamp(file: Path) -> list[int]:
     return [there.st_size, there.st_mtime_ns]
 
 
-def _compared(record: Path) -> dict[str, Any]:
+def _compared(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads(record.read_bytes())
+        found = json.loads(_record_of(folder).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -32,7 +32,7 @@ from raytune_llm.data.readers import sources
 from raytune_llm.data.readers.chunks import Chunk, Source
 from raytune_llm.data.readers.declarations import Declared, declared, declared_for_evaluation, source_of
 from raytune_llm.data.shards import Recipe, Timed, fetched, prepare_chunk
-from raytune_llm.data.shared_stores import SharedStore, local_cache, local_folder, open_store, place_in
+from raytune_llm.data.shared_stores import SharedStore, being_made, local_cache, local_folder, open_store, place_in
 from raytune_llm.data.store import (
     FAILED,
     FORMAT_VERSION,
@@ -45,7 +45,6 @@ from raytune_llm.data.store import (
     key_of,
     partial,
     shard_name,
-    under_construction,
     write_outline,
 )
 from raytune_llm.data.templates.chat_template import ChatTemplate
@@ -292,7 +291,7 @@ def _prepare_one(one: Declared, preprocessor: Preprocessor, job: Job, made: list
     made_from = _made_from(one, preprocessor, data, sources.fingerprint(source))
     place = place_in(data.cache, key_of(made_from))
     target, shared = local_folder(place), SharedStore(place) if is_address(place) else None
-    with under_construction(target.parent, target.name) as folder:
+    with being_made(place) as folder:
         if folder is not None and not (shared is not None and shared.fetch_into(folder)):
             recipe = recipe_of(one, source, preprocessor, data)
             chunks = chunks_of(one, source, data)

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial as bound
 from pathlib import Path
 
 from raytune_llm.config.paths import expanded
-from raytune_llm.data.intact import check_intact
+from raytune_llm.data.intact import check_intact, mark_compared
 from raytune_llm.data.store import MANIFEST, Shard, Store, locked, manifest_in, partial, record, shard_at, under_construction
-from raytune_llm.errors import DataError
+from raytune_llm.errors import ConfigError, DataError, ResourceError
 from raytune_llm.file_hash import sha256_of
 from raytune_llm.object_store import AT_ONCE, RemoteFolder, is_address
 from raytune_llm.packaged import cache_dir
@@ -53,9 +54,23 @@ def open_store(place: str) -> Store:
     folder = local_folder(place)
     if is_address(place):
         SharedStore(place).fetch()
-        with locked(folder.parent, f"{folder.name}.check"):  # one process of this machine compares, the others read its record
-            check_intact(folder)
+        check_intact(folder)
     return Store.open(folder, place)
+
+
+@contextmanager
+def being_made(place: str) -> Iterator[Path | None]:
+    """`under_construction` for the store at a place."""
+    folder = local_folder(place)
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(under_construction(folder.parent, folder.name))
+        except ConfigError as error:
+            if not is_address(place):
+                raise
+            lacking = f"this machine's copy of {place} {error.rule}, {error.got}"
+            raise ResourceError(lacking, "Let XDG_CACHE_HOME name a folder that can be written.") from None
+        yield made
 
 
 class SharedStore:
@@ -68,7 +83,7 @@ class SharedStore:
     def fetch(self) -> bool:
         """Download the store unless this machine has a copy; other processes of this machine wait. Returns False if the object
         store has no such store."""
-        with under_construction(self.folder.parent, self.folder.name) as folder:
+        with being_made(self.place) as folder:
             return folder is None or self.fetch_into(folder)
 
     def fetch_into(self, folder: Path) -> bool:
@@ -88,6 +103,7 @@ class SharedStore:
                 file.unlink()
         (folder / MANIFEST).write_bytes(manifest)
         folder.rename(self.folder)
+        mark_compared(self.folder)
         return True
 
     def fetch_unfinished(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from raytune_llm.atomic_file import write_atomically
-from raytune_llm.errors import DataError
+from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.storage import patiently
 
 Record = Mapping[str, Any]
@@ -60,6 +60,8 @@ class JsonLines:
             if self._file.closed:
                 self._file = self._path.open("ab")
                 self._file.truncate(self._size)  # a part of the line may be there
+            if not self._path.exists():
+                raise ResourceError(f"{self._path} was removed while the run wrote to it", "Repeat the command.")
             self._file.write(line)
             self._file.flush()
         except OSError:

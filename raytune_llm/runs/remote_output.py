@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raytune_llm import object_store
-from raytune_llm.errors import ResourceError
+from raytune_llm.errors import ConfigError, ResourceError
 from raytune_llm.finished import FINAL, FINISHED, files_of
 from raytune_llm.object_store import RemoteFolder, is_address
 from raytune_llm.packaged import cache_dir
@@ -49,7 +49,13 @@ def remote_folder(output_dir: str) -> RemoteFolder | None:
 
 def check_writable(output_dir: str) -> None:
     """Raises ConfigError or ResourceError if a run could not write there."""
-    owner.check_writable(work_folder(output_dir), *FILES, folders=FOLDERS)
+    try:
+        owner.check_writable(work_folder(output_dir), *FILES, folders=FOLDERS)
+    except ConfigError as error:
+        if not is_address(output_dir):
+            raise
+        lacking = f"this machine's copy of {output_dir} {error.rule}, {error.got}"
+        raise ResourceError(lacking, "Let XDG_CACHE_HOME name a folder that can be written.") from None
     if is_address(output_dir):
         object_store.check_writable(output_dir, "output_dir")
 

@@ -16,7 +16,7 @@ from raytune_llm.data.pipeline import prepare
 from raytune_llm.data.readers import sources
 from raytune_llm.data.shared_stores import SharedStore, open_store
 from raytune_llm.data.store import MANIFEST
-from raytune_llm.errors import ConfigError, DataError
+from raytune_llm.errors import ConfigError, DataError, ResourceError
 from raytune_llm.object_store import RemoteFolder
 from tests.s3 import s3_bucket
 
@@ -161,6 +161,14 @@ def test_a_machine_s_own_copy_that_was_damaged_is_refused_by_name(s3, jsonl, pre
     shard.write_bytes(content[: len(content) // 2] + b"x" + content[len(content) // 2 + 1 :])
     with pytest.raises(DataError, match=rf"{shard}: does not match its hash"):
         open_store(place)
+
+
+def test_a_copy_that_can_not_be_written_is_refused_by_what_sets_its_place(s3, jsonl, prepare_run, on_machine, tmp_path):
+    (tmp_path / "file").write_text("")
+    on_machine("file")
+    said = rf"this machine's copy of {s3}/x/\w+ must be a folder that can be written .*XDG_CACHE_HOME"
+    with pytest.raises(ResourceError, match=said):
+        prepared(prepare_run(jsonl([chat(0)]), f"data.cache={s3}/x"))
 
 
 def test_a_cache_that_can_not_be_written_is_refused(s3, jsonl, prepare_run, on_machine):

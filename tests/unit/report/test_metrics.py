@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from raytune_llm.errors import DataError
+from raytune_llm.errors import DataError, ResourceError
 from raytune_llm.report.metrics import Report, Summary, WallTime, read_metrics, write_summary
 
 SUMMARY = Summary(
@@ -39,6 +39,14 @@ def test_a_logged_record_is_on_disk_before_the_report_is_closed(tmp_path):
     report.log({"step": 1, "loss": 2.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
     report.close()
+
+
+def test_a_file_that_is_removed_while_a_run_writes_to_it_is_named(tmp_path):
+    report = Report(tmp_path, from_step=0)
+    report.log({"step": 1, "loss": 2.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ResourceError, match=r"metrics\.jsonl was removed while the run wrote to it"):
+        report.log({"step": 2, "loss": 2.0})
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):

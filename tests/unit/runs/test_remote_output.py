@@ -15,12 +15,12 @@ import pytest
 
 from raytune_llm import api, load_config
 from raytune_llm.config.run import TrainRun
-from raytune_llm.errors import ConfigError, DataError, RunLost
+from raytune_llm.errors import ConfigError, DataError, ResourceError, RunLost
 from raytune_llm.object_store import RemoteFolder
 from raytune_llm.report.metrics import read_metrics
 from raytune_llm.report.updates import Notice, RunStarted
 from raytune_llm.runs import owner
-from raytune_llm.runs.remote_output import work_folder
+from raytune_llm.runs.remote_output import check_writable, work_folder
 from raytune_llm.train.checkpoint_files import PROGRESS
 from raytune_llm.train.remote_checkpoints import RemoteCheckpoints
 from tests.runs import PowerCut, cut_at, tiny_run
@@ -235,6 +235,13 @@ def test_what_can_not_work_is_refused_before_anything_is_prepared(
     with pytest.raises(ConfigError, match=r"output_dir must be a folder that can be written .*bucket.*s3://no-such-bucket/x"):
         api.train(run_of(chat_rows, str(cache), "s3://no-such-bucket/x"))
     assert not cache.exists()
+
+
+def test_a_copy_that_can_not_be_written_is_refused_by_what_sets_its_place(memory: str, tmp_path: Path, monkeypatch: Any):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ResourceError, match=rf"this machine's copy of {memory} must be a folder .*XDG_CACHE_HOME"):
+        check_writable(memory)
 
 
 def test_what_is_not_the_run_s_is_not_copied_and_stays_even_with_resume_never(
