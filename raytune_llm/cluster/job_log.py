@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytune_llm.report.events import done_of, event_of, record_of
+from raytune_llm.report.events import OF_ANOTHER_VERSION, done_of, event_of, record_of
 from raytune_llm.report.metrics import METRICS, SAMPLES, SUMMARY, JsonLines, write_summary
 from raytune_llm.report.updates import RunFinished
 
@@ -35,24 +36,28 @@ class JobLog:
         return next((record["loss"] for record in reversed(self.records) if "loss" in record), None)
 
     def read(self, event: dict[str, Any]) -> None:
+        """Raises one of OF_ANOTHER_VERSION, before anything changes, where a field is missing or of another type."""
         match event["event"]:
             case "run":
-                self.settings = event["settings"]
+                self.settings = _text(event["settings"])
             case "begin":
-                self.step, self.total_steps, self.left_s = event["first_step"], event["total_steps"], None
+                self.step, self.total_steps, self.left_s = int(event["first_step"]), int(event["total_steps"]), None
                 self.records = [record for record in self.records if record["step"] <= event["first_step"]]
                 self.samples = [sample for sample in self.samples if sample["step"] <= event["first_step"]]
             case "step":
                 record = record_of(event)
+                step, total, left = int(record["step"]), int(event["total_steps"]), event.get("left_s")
+                float(record.get("loss", 0.0))
+                self.step, self.total_steps, self.left_s = step, total, None if left is None else float(left)
                 self.records.append(record)
-                self.step, self.total_steps, self.left_s = record["step"], event["total_steps"], event.get("left_s")
             case "samples":
-                self.samples += event["samples"]
+                self.samples += [{**sample, "step": int(sample["step"])} for sample in event["samples"]]
             case "files":
-                self.files |= event["files"]
+                self.files |= {Path(name).name: _text(text) for name, text in event["files"].items()}
             case "done":
-                self.done = done_of(event)
-                self.step, self.left_s = self.done.summary.steps, None
+                done = done_of(event)
+                self.step, self.left_s = int(done.summary.steps), None
+                self.done = done
 
     def write(self, folder: Path) -> list[str]:
         """Write the files of an output folder that the log has in full, and return their names. The log of a resumed run has only
@@ -74,12 +79,18 @@ class JobLog:
             loss_curve(self.records, folder / CURVE, title=folder.name)
             written.append(CURVE)
         for name, text in self.files.items():
-            (folder / Path(name).name).write_text(text)
-            written.append(Path(name).name)
+            (folder / name).write_text(text)
+            written.append(name)
         if self.done is not None:
             write_summary(folder / SUMMARY, self.done.summary)
             written.append(SUMMARY)
         return written
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"must be text, got {value!r}")
+    return value
 
 
 def read(lines: Iterable[str]) -> JobLog:
@@ -87,5 +98,6 @@ def read(lines: Iterable[str]) -> JobLog:
     for line in lines:
         event = event_of(line)
         if event is not None:
-            log.read(event)
+            with suppress(*OF_ANOTHER_VERSION):
+                log.read(event)
     return log

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import ssl
 import tempfile
 import time
@@ -65,7 +66,9 @@ class Job:
     def reason(self) -> str:
         """Why the job failed, in one line."""
         if self.status == "FAILED" and self.exit_code is not None:
-            return f"its driver ended with exit code {self.exit_code}"
+            if self.exit_code == -signal.SIGKILL:
+                return "its driver was killed (SIGKILL), as where memory runs out; submitted again, the run resumes"
+            return f"its driver ended with exit code {self._code}"
         if self.message.startswith("runtime_env setup failed"):
             of_pip = re.findall(r"^ *ERROR: (.+)", self.message, re.MULTILINE)
             lines = of_pip or self.message.strip().splitlines()[-1:]
@@ -77,7 +80,12 @@ class Job:
         """The exit code for a command that followed the job."""
         if self.status == "SUCCEEDED":
             return 0
-        return self.exit_code or (STOPPED_EXIT_CODE if self.status == "STOPPED" else 1)
+        return self._code or (STOPPED_EXIT_CODE if self.status == "STOPPED" else 1)
+
+    @property
+    def _code(self) -> int | None:
+        """As a shell has it: 128 and the signal of a driver that a signal ended."""
+        return 128 - self.exit_code if self.exit_code is not None and self.exit_code < 0 else self.exit_code
 
 
 class Jobs:
@@ -343,14 +351,19 @@ def _job(details: Any) -> Job:
     metadata = details.metadata or {}
     return Job(
         id=details.submission_id,
-        run=metadata.get(NAME, details.submission_id),
+        run=_printable(metadata.get(NAME, details.submission_id)),
         status=str(getattr(details.status, "value", details.status)),
-        message=details.message or "",
+        message=_printable(details.message or ""),
         exit_code=details.driver_exit_code,
         started=None if details.start_time is None else details.start_time / 1000,
         ended=None if not details.end_time else details.end_time / 1000,
-        output_dir=metadata.get(OUTPUT),
+        output_dir=_printable(metadata[OUTPUT]) if OUTPUT in metadata else None,
     )
+
+
+def _printable(text: str) -> str:
+    """Jobs of others may have any text, which a terminal would take for commands."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def _said(error: RuntimeError) -> str:

@@ -19,7 +19,7 @@ from raytune_llm.config.run import SubmitRun, as_train_run
 from raytune_llm.config.sweep import SubmittedSweep, Sweep
 from raytune_llm.errors import ResourceError
 from raytune_llm.report.display import Display
-from raytune_llm.report.events import event_of, show
+from raytune_llm.report.events import OF_ANOTHER_VERSION, event_of, show
 
 
 def submit(run: SubmitRun | SubmittedSweep) -> Job:
@@ -95,8 +95,11 @@ def follow(jobs: Jobs, job: str, display: Display, tell: Callable[[str], None]) 
             if event is None:
                 tell(text)
                 continue
-            log.read(event)
-            show(event, display)
+            try:
+                log.read(event)
+                show(event, display)
+            except OF_ANOTHER_VERSION:
+                tell(text)
     finally:
         display.close()
     return log

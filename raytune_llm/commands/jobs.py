@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from raytune_llm.cluster.job_log import JobLog, read
@@ -36,10 +37,16 @@ def _list(console: Console, jobs: Jobs, run: JobsRun) -> int:
     for job in found[:LISTED]:
         log = _log_of(console, jobs, job)
         table.add_row(*(escape(text) for text in (job.run, job.id, job.status.lower(), *_how_far(log), _took(job))))
-    console.print(table, highlight=False, soft_wrap=True)
+    _print_whole(console, table)
     if len(found) > LISTED:
         say(console, f"and {len(found) - LISTED} older ones")
     return 0
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Wider than the terminal where it must be: names in it are copied."""
+    wide = Measurement.get(console, console.options.update(width=1_000), table).maximum
+    Console(file=console.file, width=max(console.width, wide)).print(table, highlight=False)
 
 
 def _status(console: Console, jobs: Jobs, run: JobsRun) -> int:
@@ -49,7 +56,7 @@ def _status(console: Console, jobs: Jobs, run: JobsRun) -> int:
         "run": job.run,
         "job": job.id,
         "status": job.status.lower(),
-        "exit code": "" if job.exit_code is None else str(job.exit_code),
+        "exit code": "" if job.exit_code is None else str(job.outcome),
         "step": step,
         "loss": loss,
         "left": left,

@@ -31,6 +31,9 @@ from raytune_llm.report.updates import Notice, ReferencePass, RunFinished, RunSt
 ABOUT_TIME = ("time", "total_steps", "left_s", "rank")
 """Fields of a `step` event that are not in the record of metrics.jsonl."""
 
+OF_ANOTHER_VERSION = (AttributeError, KeyError, TypeError, ValueError)
+"""What reading an event raises whose fields are not those of this version: the job's package may be another one."""
+
 
 class EventLog:
     """Writes the progress of one run as events. `Display` has the same methods."""

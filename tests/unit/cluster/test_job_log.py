@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from raytune_llm import api
+from raytune_llm import api, load_config
 from raytune_llm.cluster.job_log import read
+from raytune_llm.cluster.jobs import Job
+from raytune_llm.cluster.submit import follow
 from raytune_llm.commands import train
+from raytune_llm.commands.jobs import _list
 from raytune_llm.commands.submit import fetch
 from raytune_llm.errors import ResourceError
+from raytune_llm.report.display import Display
 from raytune_llm.report.events import EventLog
 from raytune_llm.report.metrics import read_metrics
 from raytune_llm.report.updates import RunStarted
@@ -58,6 +64,29 @@ def test_a_log_of_another_program_tells_nothing(tmp_path):
     assert log.write(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "step"},
+        {"event": "step", "step": 3, "loss": "low", "total_steps": 9},
+        {"event": "step", "step": "x", "total_steps": None},
+        {"event": "begin", "first_step": None, "total_steps": 3},
+        {"event": "samples", "samples": [{"question": "?"}]},
+        {"event": "files", "files": {"trials.csv": 3}},
+        {"event": "done", "summary": {"other": 1}},
+        {"event": "run", "settings": 3},
+        {"event": [1]},
+    ],
+)
+def test_events_of_another_version_are_left_out_and_shown_as_they_are(event, tmp_path):
+    line = json.dumps({**event, "time": 1.0})
+    log = read([line])
+    assert log.step is log.loss is log.done is None and log.write(tmp_path) == []
+    told: list[str] = []
+    follow(SimpleNamespace(lines=lambda job, tell: [line]), "job", Display(Console(quiet=True)), told.append)  # pyright: ignore
+    assert told == [line] or event["event"] == [1]
+
+
 def test_results_that_can_t_be_written_here_are_an_error_that_says_how_to_fetch_them(told, tmp_path):
     told.log.run("mine", "", "name: run\n")
     (tmp_path / "file").touch()
@@ -66,3 +95,12 @@ def test_results_that_can_t_be_written_here_are_an_error_that_says_how_to_fetch_
     ):
         fetch(Console(), read(told.lines), "mine-1", tmp_path / "file")
     assert fetch(Console(), read(told.lines), "mine-1", tmp_path) and (tmp_path / "mine-1" / "run.yaml").exists()
+
+
+def test_names_of_jobs_are_listed_whole_however_narrow_the_terminal_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a_run_whose_name_is_long-a1b2c3"
+    job = Job(id=name, run=name, status="RUNNING", message="", exit_code=None, started=None, ended=None, output_dir=None)
+    of_one: Any = SimpleNamespace(all=lambda: [job], log=lambda name: "", address="http://head:8265")
+    assert _list(Console(), of_one, load_config("jobs", [])) == 0
+    assert capsys.readouterr().out.count(name) == 2

@@ -9,12 +9,13 @@ import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from raytune_llm import load_config
-from raytune_llm.cluster import job_client
+from raytune_llm.cluster import job_client, jobs
 from raytune_llm.cluster.jobs import SETTINGS, Job, Jobs, address_of, open_to_all
 from raytune_llm.cluster.package import files_of
 from raytune_llm.cluster.submit import job_of
@@ -238,11 +239,29 @@ def test_asking_for_a_cluster_s_jobs_leaves_a_ray_that_is_loaded_as_it_is(monkey
 
 @pytest.mark.parametrize(
     ("status", "code", "outcome"),
-    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, 1), ("STOPPED", None, 130), ("STOPPED", 143, 143)],
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 2, 2),
+        ("FAILED", None, 1),
+        ("FAILED", -9, 137),
+        ("FAILED", -15, 143),
+        ("STOPPED", None, 130),
+        ("STOPPED", 143, 143),
+    ],
 )
 def test_the_driver_s_exit_code_is_passed_on(status, code, outcome):
     job = Job(id="a", run="a", status=status, message="", exit_code=code, started=None, ended=None, output_dir=None)
     assert job.outcome == outcome
+    assert ("memory runs out" in job.reason) == (code == -9)
+
+
+def test_a_stranger_s_job_can_t_write_commands_to_a_terminal():
+    details = SimpleNamespace(
+        submission_id="a", metadata={"run": "\x1b[2Jmine", "output_dir": "/x\r"}, status="FAILED", message="a\x1b]0;b\nc",
+        driver_exit_code=None, start_time=None, end_time=None,
+    )  # fmt: skip
+    job = jobs._job(details)
+    assert (job.run, job.output_dir, job.message) == ("?[2Jmine", "/x?", "a?]0;b\nc")
 
 
 PIP = """runtime_env setup failed: Failed to set up runtime environment.
