@@ -1,6 +1,6 @@
 """Whole commands on one GPU and on several, of models in published shapes with random weights.
 
-    scripts/bench gpu_runs [--runs dpo first_step ...] [--workers N] [--limit-s 200] [--tiny]
+    scripts/bench gpu_runs [--runs dpo first_step ...] [--workers N] [--limit-s 300] [--tiny]
 
 dpo: 300 pairs of texts as long as those of dpo_en_demo.json, each with a request of its own, to 1,024 tokens; two epochs of four
 packs a step, the reference precomputed. Pairs/s are from the tokens/s of the log after the tenth step, when all is compiled.
@@ -327,7 +327,7 @@ def full_8b(folder: Path, asked: Asked) -> dict[str, Any]:
     during = [b - a for a, b in pairwise(times.values())]
     return {
         **result,
-        "steps_while_written": len(during) - 1,
+        "steps_while_written": len(during[1:]),
         "checkpoint_gb": round(size / 1e9, 2),
         "checkpoint_s": round(seconds, 1),
         "checkpoint_gb_per_s": round(size / seconds / 1e9, 2),
@@ -419,7 +419,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--workers", type=int, help="of full_8b and killed; all GPUs")
-    parser.add_argument("--limit-s", type=float, default=200)
+    parser.add_argument("--limit-s", type=float, default=300)
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     gpus = torch.cuda.device_count()
