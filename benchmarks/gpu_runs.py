@@ -15,6 +15,9 @@ saving: Llama-3.2-1B's shape, all of it trained, in this process on one GPU, for
 written in the background every 50 steps. Tokens/s are of all seconds from the tenth step to the last. The disk's rate is that at
 which as many threads write as many bytes; a checkpoint that takes longer than 50 steps there delays the next one.
 
+writing: as many processes as workers write the checkpoint of a state of 24 GB together, from host memory, against the rate at
+which as many threads write as many bytes. It needs no GPU.
+
 full_8b: all of Llama-3-8B's shape under FSDP2 through Ray, 8,192 tokens a worker and step, on all GPUs or --workers of them; the
 checkpoint of step 40 is written in the background, against the rate at which as many threads write to the same disk. The command
 is ended then, as is any at its limit.
@@ -52,10 +55,14 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from gpu import FULL_8B, LORA, SHAPES, each, shape_of, shape_setting
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from raytune_llm.train.checkpoint import Checkpoints
 from raytune_llm.train.checkpoint_writer import PARTS
+from raytune_llm.train.progress import Progress
 
 os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # of benchmarks/gpu.py; commands set their own
 
@@ -291,6 +298,37 @@ def saving(folder: Path, asked: Asked) -> dict[str, Any]:
     return found
 
 
+def writing(folder: Path, asked: Asked) -> dict[str, Any]:
+    size = 2**27 if asked.tiny else 24 * 10**9
+    disk = disk_bytes_per_s(folder, PARTS * asked.workers, size)
+    spawn(write_state, (asked.workers, str(folder), size // asked.workers), nprocs=asked.workers)
+    seconds = json.loads((folder / "seconds.json").read_text())
+    return {
+        "disk_gb_per_s": round(disk / 1e9, 2),
+        "checkpoint_s": round(seconds, 1),
+        "checkpoint_gb_per_s": round(size / seconds / 1e9, 2),
+        "of_disk": round(size / seconds / disk, 3),
+    }
+
+
+def write_state(rank: int, world: int, folder: str, size: int) -> None:
+    """One of several workers, each of which has so many bytes of the state."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    numbers = size // 4
+    weight = torch.randn(min(4096 * 14336, numbers // 8))
+    state = {f"parameters.{rank}.{number}": weight + number for number in range(numbers // len(weight))}
+    checkpoints = Checkpoints(Path(folder) / "checkpoints", keep=1, asynchronous=False)
+    dist.barrier()
+    began = time.perf_counter()
+    checkpoints.save(state, Progress(step=1), {})
+    seconds = time.perf_counter() - began
+    checkpoints.close()
+    if rank == 0:
+        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+    dist.destroy_process_group()
+
+
 def full_8b(folder: Path, asked: Asked) -> dict[str, Any]:
     with torch.device("meta"):
         config = AutoConfig.for_model(**SHAPES["llama3_8b"])
@@ -401,6 +439,7 @@ RUNS: dict[str, Callable[[Path, Asked], dict[str, Any]]] = {
     "first_step": first_step,
     "ready": ready,
     "saving": saving,
+    "writing": writing,
     "full_8b": full_8b,
     "killed": killed,
 }
@@ -418,7 +457,7 @@ def measured(name: str, asked: Asked) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--workers", type=int, help="of full_8b and killed; all GPUs")
+    parser.add_argument("--workers", type=int, help="of writing, full_8b and killed; all GPUs")
     parser.add_argument("--limit-s", type=float, default=300)
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
