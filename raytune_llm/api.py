@@ -589,7 +589,7 @@ def _answered(
     train_store, eval_store = prepared.places
     store, apart = eval_store or train_store, eval_store is not None
     if on_cluster(run.resources):
-        from raytune_llm.runs.remote_task import call_on_node
+        from raytune_llm.runs.remote_task import call_counted
 
-        return call_on_node(run.resources, partial(answer_held_out_rows, run, store, final, apart))
+        return call_counted(run.resources, partial(answer_held_out_rows, run, store, final, apart, None), on_answered)
     return answer_held_out_rows(run, store, final, apart, workspace, on_answered)

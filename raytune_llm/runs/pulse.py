@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,12 @@ SAID_AFTER_S = 60.0
 class Beating:
     """The base of an actor that a Pulse can ask."""
 
-    def pulse(self) -> None:
-        """Its return is the answer."""
+    progress: tuple[int, int] | None = None
+    """How much of its call is done, and of how much; None: the call does not tell."""
+
+    def pulse(self) -> tuple[int, int] | None:
+        """Its return is the answer, whatever it says."""
+        return self.progress
 
 
 class Frozen(Exception):
@@ -33,9 +38,17 @@ class Frozen(Exception):
 class Pulse:
     """Asks an actor, while something waits for it, whether its process answers."""
 
-    def __init__(self, actor: Any, who: str, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """who: the process, such as "worker 1". limit_s: resources.collective_timeout_s."""
-        self._actor, self._who, self._limit_s, self._clock = actor, who, limit_s, clock
+    def __init__(
+        self,
+        actor: Any,
+        who: str,
+        limit_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        on_progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """who: the process, such as "worker 1". limit_s: resources.collective_timeout_s. on_progress: called with the actor's
+        progress."""
+        self._actor, self._who, self._limit_s, self._clock, self._on_progress = actor, who, limit_s, clock, on_progress
         self._asked: Any = None
         self._answered = clock()
         self._said = False
@@ -51,11 +64,15 @@ class Pulse:
 
     def _look(self) -> None:
         import ray
+        from ray.exceptions import RayError
 
         now = self._clock()
         if self._asked is None:
             self._asked = self._actor.pulse.options(concurrency_group=PULSE).remote()
-        if ray.wait([self._asked], timeout=0)[0]:  # also where the process has died, which the awaited call says
+        if ray.wait([self._asked], timeout=0)[0]:
+            with suppress(RayError):  # the process has died, which the awaited call says
+                if (progress := ray.get(self._asked)) is not None and self._on_progress is not None:
+                    self._on_progress(*progress)
             self._asked, self._answered, self._said = None, now, False
             return
         silent_s = now - self._answered

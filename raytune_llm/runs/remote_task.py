@@ -15,6 +15,14 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+def call_counted(
+    resources: Local | Cluster, function: Callable[[Callable[[int, int], None]], T], on_progress: Callable[[int, int], object]
+) -> T:
+    """`call_on_node` with a function that tells how much of its work is done, and of how much: by the argument that it is called
+    with. on_progress is called with that, in this process."""
+    return call_with(group_size(resources).each, resources, function, on_progress=on_progress)
+
+
 def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packages: Sequence[str] = ()) -> T:
     """The result of `function`, which must be picklable. Its errors are raised here, and RunLost if its process dies again
     and again, or stands still.
@@ -25,7 +33,12 @@ def call_on_node(resources: Local | Cluster, function: Callable[[], T], *, packa
 
 
 def call_with(
-    each: Mapping[str, float], resources: Local | Cluster, function: Callable[[], T], *, packages: Sequence[str] = ()
+    each: Mapping[str, float],
+    resources: Local | Cluster,
+    function: Callable[..., T],
+    *,
+    packages: Sequence[str] = (),
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> T:
     """`call_on_node`, with these CPUs and GPUs. A process that dies is replaced as often as max_failures says."""
     import ray
@@ -38,7 +51,8 @@ def call_with(
     actor: Any = ray.remote(**options)(Caller).remote()
     try:
         wait_for_places([actor], each, packages)
-        return ray.get(Pulse(actor, "a process", resources.collective_timeout_s).wait([actor.call.remote(function)]))
+        pulse = Pulse(actor, "a process", resources.collective_timeout_s, on_progress=on_progress)
+        return ray.get(pulse.wait([actor.call.remote(function, on_progress is not None)]))
     except RayTaskError as error:
         raise error.cause from None
     except RuntimeEnvSetupError as error:
@@ -67,5 +81,8 @@ def wait_for_places(actors: Sequence[Any], each: Mapping[str, float], packages: 
 class Caller(Beating):
     """An actor for one call."""
 
-    def call(self, function: Callable[[], T]) -> T:
-        return function()
+    def call(self, function: Callable[..., T], counted: bool) -> T:
+        return function(self._tell) if counted else function()
+
+    def _tell(self, done: int, total: int) -> None:
+        self.progress = done, total
