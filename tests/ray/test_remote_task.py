@@ -9,7 +9,7 @@ import pytest
 
 from raytune_llm.config.load import load_config
 from raytune_llm.errors import ConfigError, ResourceError, RunLost
-from raytune_llm.runs import nodes
+from raytune_llm.runs.node_calls import answers, on_node
 from raytune_llm.runs.remote_task import call_counted, call_on_node
 from raytune_llm.runs.trained import read_trained
 from raytune_llm.session import connect
@@ -55,9 +55,9 @@ def test_a_node_that_is_lost_while_it_is_asked_is_no_traceback_and_one_that_lack
     with pytest.raises(
         ResourceError, match=r"can't report \(.*No module named 'no_such'\)\. Give all nodes the same image"
     ) as lacks:
-        nodes._answers([nodes._on(here, import_module).remote("no_such")], "report")
+        answers([on_node(here, import_module).remote("no_such")], "report")
     assert lacks.value.exit_code == 2
     for node in (here, "a" * len(here)):  # a process that dies, and a node that is gone
         with pytest.raises(RunLost, match="a node of the cluster was lost before it could report") as lost:
-            nodes._answers([nodes._on(node, lambda: os._exit(1)).remote()], "report")
+            answers([on_node(node, lambda: os._exit(1)).remote()], "report")
         assert lost.value.exit_code == 1
