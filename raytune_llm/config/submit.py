@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -59,6 +60,9 @@ class SubmitConfig(JobServer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.env:
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):  # Ray would wait for a process that can't be started
+                raise ConfigError("submit.env", "must have names of letters, digits and underscores", got=name)
         if self.image is not None and self.requirements is not None:
             raise ConfigError(
                 "submit.requirements",

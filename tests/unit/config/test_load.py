@@ -100,6 +100,8 @@ def test_settings_whose_keys_are_the_user_s_choice_take_them_without_a_plus_sign
     for word in ("submit.env={TRIAL: one}", "submit.env.TRIAL=one"):
         run = load_config("submit", ["+experiment=sft_full_tiny", "submit.address=http://head:8265", word])
         assert run.submit.env == {"TRIAL": "one"}
+    with pytest.raises(ConfigError, match=r"submit\.env must have names of letters, digits and underscores, got 'A=B'"):
+        load_config("submit", ["+experiment=sft_full_tiny", "submit.env={'A=B': one}"])
 
 
 def test_served_adapters_are_named_on_the_command_line(tmp_path, monkeypatch):
