@@ -1,13 +1,16 @@
 """Loss of each adapter, quantized base and optimizer after some steps on the demo's data: the mean of the last tenth of them.
 
-    scripts/bench losses [--steps 200] [--model smollm2_135m] [--only lora,muon] [--lr-factor 5] [--processes 1]
+    scripts/bench losses [--short] [--steps 200] [--model smollm2_135m] [--only lora,muon] [--lr-factor 5] [--processes 1]
         [--set data.max_length=128 ...]
 
-Prints JSON, with the mean loss of each tenth. --lr-factor: of all rates, where fewer weights are trained, as by --set
-adapter=freeze. Adapters are trained with AdamW, optimizers train all weights; each with a rate of its own, since 1e-4 for AdamW's
-step is not 1e-4 for Lion's or SGD's. Quantized bases are LoRA's run over another base; `curve_off` is the largest difference of
-a tenth of their curve from LoRA's, over LoRA's. A run that a change makes worse shows beside the committed result of the same
-arguments.
+Prints JSON, with the mean loss of each tenth. Adapters are trained with AdamW, optimizers train all weights; each with a rate of
+its own, since 1e-4 for AdamW is not 1e-4 for Lion or SGD. Quantized bases are LoRA's run over another base; `curve_off`
+is the largest difference of a tenth of their curve from LoRA's, over LoRA's. A run that a change makes worse shows beside the
+committed result of the same arguments.
+
+--short: of optimizers alone, in less than a minute each on a CPU: they train the attention of the last two layers, with a pack of
+64 tokens a step. tests/invariant/test_optimizers_learn.py holds these losses.
+--lr-factor: of all rates, where fewer weights are trained, as by --set adapter=freeze.
 """
 
 from __future__ import annotations
@@ -61,6 +64,37 @@ OPTIMIZERS = {
     "adalomo": [*LAYERWISE, "optimizer.lr=5e-4"],
 }
 TRAINS_ALL = OPTIMIZERS | {"paged_adamw_8bit": OPTIMIZERS["adamw_8bit"]}  # which needs a GPU
+SHORT = [
+    "data.max_samples=24",
+    "data.max_length=64",
+    "train.global_batch_size=1",
+    "train.micro_batch_size=1",
+    "train.precision=fp32",
+    "schedule.warmup_ratio=0",
+    "adapter=freeze",
+    "adapter.last_layers=2",
+    "adapter.modules=[self_attn,input_layernorm]",
+    "adapter.extra_modules=[norm]",
+]
+"""What the layers below give for the few packs is computed once for each, since they come again in every epoch."""
+SHORT_RATES = {
+    "adamw": 2e-4,
+    "adamw_8bit": 2e-4,
+    "adamw_bf16": 2e-4,
+    "adam_mini": 2e-4,
+    "adafactor": 2e-4,
+    "apollo": 2e-4,
+    "apollo_mini": 2e-4,
+    "badam": 5e-4,
+    "galore": 2e-4,
+    "lion": 1e-4,
+    "muon": 1e-3,
+    "schedule_free": 2e-4,
+    "sgd": 2e-2,
+    "lomo": 5e-2,
+    "adalomo": 1e-3,
+}
+SHORT_OWN = {"badam": ["optimizer.outside_layers=true", "optimizer.switch_every=10"]}
 LR = "optimizer.lr="
 QUANTIZATIONS = dict.fromkeys(("bnb_nf4", "bnb_fp4", "bnb_int8", "hqq"), ADAPTERS["lora"])
 CASES = {
@@ -68,6 +102,12 @@ CASES = {
     **{f"quantization={name}": [f"quantization={name}", *settings] for name, settings in QUANTIZATIONS.items()},
     **{f"optimizer={name}": ["adapter=none", f"optimizer={name}", *settings] for name, settings in TRAINS_ALL.items()},
 }
+
+
+def short_run(optimizer: str) -> list[str]:
+    """The settings of an optimizer's run with --short."""
+    own = [*OPTIMIZERS[optimizer], *SHORT, *SHORT_OWN.get(optimizer, [])]
+    return [f"optimizer={optimizer}", *own, f"{LR}{SHORT_RATES[optimizer]:g}"]
 
 
 def curve_of(settings: list[str], *, model: str, steps: int, folder: Path) -> list[float]:
@@ -102,6 +142,7 @@ def figures(name: str, curve: Sequence[float], lora: Sequence[float] | None) -> 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--short", action="store_true", help="a small part of the model, by each optimizer")
     parser.add_argument("--model", default="smollm2_135m")
     parser.add_argument("--only", default="", help="options, separated by commas")
     parser.add_argument("--lr-factor", type=float, default=1.0)
@@ -109,7 +150,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, as on the command line")
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
-    chosen = {name: settings for name, settings in CASES.items() if not only or name.partition("=")[2] in only}
+    cases = {f"optimizer={name}": short_run(name) for name in OPTIMIZERS} if args.short else CASES
+    chosen = {name: settings for name, settings in cases.items() if not only or name.partition("=")[2] in only}
     curves: dict[str, list[float]] = {}
     spawned = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.processes, mp_context=spawned) as pool:
