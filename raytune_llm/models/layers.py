@@ -24,15 +24,19 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ((name, module) for name, module in model.named_modules() if type(module).__name__ in kinds)
 
 
+ROUTERS = ("Router", "MoEV1Gate", "TopKGating")
+"""The ends of the names of classes that choose a token's experts."""
+
+
 def is_passed_over(parent: nn.Module, name: str, child: nn.Module) -> bool:
     """Whether this linear layer can't be replaced by an adapter or a quantized layer, because its model does more than call it.
 
     The kernels of a state-space mixer (Mamba and similar) read the weights of all its layers except in_proj. A router of experts
-    may return more than a product (Phi-3.5-MoE, Llama 4), or read a layer's weights (LongCat). Gemma 3n clips the few weights
-    that mix its streams.
+    may return more than a product (Phi-3.5-MoE, Llama 4), or read a layer's weights (LongCat, Hunyuan). Gemma 3n clips the few
+    weights that mix its streams.
     """
     of_mixer = hasattr(parent, "A_log") and hasattr(parent, "D")
-    of_router = any(type(module).__name__.endswith("Router") for module in (parent, child))
+    of_router = any(type(module).__name__.endswith(ROUTERS) for module in (parent, child))
     of_streams = type(parent).__name__.endswith("AltUp")
     return (of_mixer and name != "in_proj") or of_router or of_streams
 

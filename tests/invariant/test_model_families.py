@@ -15,20 +15,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from raytune_llm.config.adapter import SavedAdapter
+from raytune_llm.config.load import load_config
 from raytune_llm.data.batches import collate
 from raytune_llm.errors import ConfigError
 from raytune_llm.losses.tokens import cross_entropy
 from raytune_llm.memory.flops import operations
 from raytune_llm.models import attention
-from raytune_llm.models.adapters import OWN, Slots, bank_of
-from raytune_llm.models.adapters.method import targeted
+from raytune_llm.models.adapters import OWN, PeftAdapters, Slots, bank_of
+from raytune_llm.models.adapters.method import new_config, targeted
+from raytune_llm.models.adapters.methods import METHODS
 from raytune_llm.models.attention.cache import ATTENDS_TWICE, CachedRows, NewTokens, PagedCache, check_cached
 from raytune_llm.models.attention.isolation import ONE_ROW_A_LINE, check_isolation, needs_lines
 from raytune_llm.models.build import build_policy
 from raytune_llm.models.causal_lm import CausalLM
+from raytune_llm.models.layers import layers
 from raytune_llm.models.load import check_trainable, load_model, model_class
 from raytune_llm.models.multimodal import is_multimodal
 from raytune_llm.models.policy import Policy
+from raytune_llm.models.quantization.linears import linears_but
 from raytune_llm.records import Batch
 from tests.models import VOCABULARY, logits, lora_section, model_section, packed, some_rows
 
@@ -363,10 +367,32 @@ def test_a_model_that_a_cache_of_keys_and_values_is_not_enough_for_is_refused_by
         check_cached(small(model_type))
 
 
-def test_a_router_that_is_a_linear_layer_gets_no_adapter_alone_or_among_several() -> None:
-    model = AutoModelForCausalLM.from_config(tiny("phimoe"))
-    assert not any("router" in name for name in targeted(model, lora_section()))
-    assert not any("router" in name for name in bank_of(model, Slots((lora_section(),)), torch.float32)._layers)
+@pytest.mark.parametrize(("family", "router"), [("phimoe", "router"), ("hunyuan_v1_moe", "wg"), ("jetmoe", "layer")])
+def test_a_router_that_is_a_linear_layer_gets_no_adapter_alone_or_among_several(family: str, router: str) -> None:
+    """Nor is it quantized."""
+    model = AutoModelForCausalLM.from_config(tiny(family))
+    assert any(name.endswith(f".{router}") and hasattr(module, "weight") for name, module in model.named_modules())
+    assert not any(name.endswith(f".{router}") for name in targeted(model, lora_section()))
+    assert router not in {name for _, name, _ in linears_but(layers(model), ())}
+    assert not any(name.endswith(f".{router}") for name in bank_of(model, Slots((lora_section(),)), torch.float32)._layers)
+
+
+def test_dense_layers_of_a_family_of_mixtures_have_an_adapter_or_none_but_no_experts_one() -> None:
+    """PEFT takes their names for those of experts, which a small one of beam has none of."""
+    model = AutoModelForCausalLM.from_config(small("beam"))
+    config: Any
+    config, found = new_config(model, lora_section(), METHODS["lora"])
+    (adapters := PeftAdapters(model)).add_own(lora_section())
+    assert {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapters.trained(OWN)} == {*found}
+    saved: Any = adapters._file(OWN, None)[0]
+    assert not config.target_parameters and not saved.target_parameters
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite", "youtu", "axk1", "longcat_flash"])
+def test_oft_is_refused_on_latent_keys_and_values(family: str) -> None:
+    section = load_config("train", ["data.path=x", "adapter=oft", "adapter.block_size=8"]).adapter
+    with pytest.raises(ConfigError, match=r"adapter can't be oft for .*kv_b_proj: its inputs have four axes"):
+        PeftAdapters(AutoModelForCausalLM.from_config(small(family))).add_own(section)
 
 
 def test_a_hybrid_family_without_a_layer_that_carries_a_state_is_taken() -> None:

@@ -69,7 +69,8 @@ same interface as transformers' models: a config class, a backbone that takes `i
 backbone takes only token ids) is refused.
 
 `model.positions=16384 model.rope_scaling=yarn` (or `linear`, `dynamic`, `llama3`) scales the positions of a model that has fewer,
-by the smallest integer factor that suffices. `model.config.rope_scaling` sets the parameters of a scaling instead. A row has the
+by the smallest integer factor that suffices. A model that is scaled in the same way already keeps the scaling's other parameters,
+and one with a linear scaling takes no other. `model.config.rope_scaling` sets the parameters of a scaling instead. A row has the
 same positions in a pack as by itself. LongRoPE has two sets of frequencies and chooses one by the longest row of a batch, so
 `data.max_length` must not exceed the positions of the first set.
 

@@ -90,14 +90,14 @@ def new_config(model: PreTrainedModel, section: Layered, method: Method) -> tupl
     settings = {name: value for name, value in settings_of(section).items() if name not in of_all}
     experts = expert_weights(model, section, settings["rank"]) if settings.pop("experts", False) else []
     config: Any = method.config(**settings)
-    layers, targets = targeted(model, section), section.targets
-    is_mixture = config.peft_type == PeftType.LORA and bool(_expert_weights(model))
+    whole = whole_modules(model, section.modules_to_save)
+    layers, targets = _outside_of(whole, targeted(model, section), section), section.targets
+    is_mixture = config.peft_type == PeftType.LORA and _is_mixture(model, layers)
     if is_mixture:
         layers = _without_experts_names(model, layers, section)
     if section.changes_base and (named := sorted(tied_ends(model) & layers.keys())):
         rule = f"can't name {named[0]}, which is tied to the embedding: this adapter changes the weights of its layers"
         raise ConfigError("adapter.targets", rule, got=section.targets, fix="Leave it out, or set adapter=lora.")
-    whole = whole_modules(model, section.modules_to_save)
     method.check(layers, **settings)
     if is_mixture:  # PEFT turns all-linear and expressions into last parts of names, which match experts and routers too
         config.target_modules = set(layers)
@@ -157,6 +157,24 @@ def _takes_as_given(model: PreTrainedModel, section: Layered, layers: Layers) ->
         return section.last_layers is None and section.layers is None and not _passed_over(model)
     named = {name for name, _ in _of_base(model) if name.rpartition(".")[2] in targets}
     return not isinstance(targets, str) and named == layers.keys()
+
+
+def _outside_of(whole: Sequence[str], layers: Layers, section: Layered) -> Layers:
+    """`layers` outside of the modules that are trained in full. Raises ConfigError if adapter.targets names one in them, or if no
+    layer is left."""
+    inside = {name for name in layers if any(f"{name}.".startswith(f"{module}.") for module in whole)}
+    if inside and (section.targets != ALL_LINEAR or len(inside) == len(layers)):
+        named = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
+        rule = f"can't be, or contain, layers that adapter.targets names: {named}"
+        fix = "Leave them out of one of the two, or set adapter=freeze to train modules in full alone."
+        raise ConfigError("adapter.modules_to_save", rule, got=section.modules_to_save, fix=fix)
+    return {name: layer for name, layer in layers.items() if name not in inside}
+
+
+def _is_mixture(model: PreTrainedModel, layers: Layers) -> bool:
+    """Whether the model has experts, or is of a family whose experts' names PEFT would see in the names of these layers (a model
+    of such a family may have dense layers only)."""
+    return bool(_expert_weights(model)) or any(_is_experts_name(model, name) for name in {n.rpartition(".")[2] for n in layers})
 
 
 def expert_weights(model: PreTrainedModel, section: Layered, rank: int) -> list[str]:

@@ -18,6 +18,9 @@ from raytune_llm.config.adapter import Layered
 from raytune_llm.errors import ConfigError
 from raytune_llm.models.adapters.method import Kept, Layers, Method, only_linear, sides
 
+FOUR_AXES = "kv_b_proj"
+"""The layer that makes keys and values from latent ones (DeepSeek's attention). It is given [B, 1, T, K]."""
+
 
 def oft(*, block_size: int | None, blocks: int | None, dropout: float) -> OFTConfig:
     """dropout: the fraction of blocks that are not rotated in a pass."""
@@ -34,6 +37,9 @@ def blocks_fit(layers: Layers, *, block_size: int | None, blocks: int | None, **
     if other := sorted(name for name, layer in layers.items() if isinstance(layer, Conv1D)):
         rule = f"can't be oft for layers of the class Conv1D, as {other[0]} is: PEFT's OFT has none for them"
         raise ConfigError("adapter", rule, got="oft", fix="Set adapter=lora.")
+    if latent := sorted(name for name in layers if name.endswith(FOUR_AXES)):
+        rule = f"can't be oft for {latent[0]}: its inputs have four axes, which PEFT's OFT takes for those of a convolution"
+        raise ConfigError("adapter", rule, got="oft", fix="Set adapter=lora, or other adapter.targets.")
     setting, part = ("blocks", blocks) if block_size is None else ("block_size", block_size)
     assert part is not None, "one of the two is given"
     for name, layer in layers.items():

@@ -59,6 +59,26 @@ def test_a_scaling_gives_way_to_another_from_the_original_positions():
     assert longer.max_position_embeddings == 128
 
 
+def test_a_scaling_of_the_same_kind_keeps_its_other_parameters():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    own = {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.7, "truncate": False}
+    longer = with_positions(config(rope_parameters=rope | own | {"attention_factor": 1.3}), 100, "yarn")
+    assert longer.rope_parameters == rope | own | {"factor": 4.0}
+    by_bands = rope | {"rope_type": "llama3", "low_freq_factor": 2.0, "high_freq_factor": 8.0}
+    assert with_positions(config(rope_parameters=by_bands), 100, "llama3").rope_parameters == by_bands | {"factor": 4.0}
+    assert "beta_fast" not in with_positions(config(rope_parameters=rope | own), 100, "dynamic").rope_parameters
+
+
+def test_a_linear_scaling_is_multiplied_and_gives_way_to_no_other():
+    """Of deepseek-coder, whose 16,384 positions are 4,096 stretched by 4."""
+    scaled = config(rope_parameters={"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0})
+    longer = with_positions(scaled, 100, "linear")
+    assert longer.rope_parameters == {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0}
+    assert longer.max_position_embeddings == 128
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling must be linear for a model .* already, by 4, got 'yarn'"):
+        with_positions(scaled, 100, "yarn")
+
+
 def test_the_text_model_of_several_media_is_what_is_scaled():
     text = {"max_position_embeddings": 64}
     longer = with_positions(AutoConfig.for_model("qwen2_vl", text_config=text), 100, "yarn")

@@ -216,6 +216,16 @@ def untied(**changed: Any) -> PreTrainedModel:
         (["optimizer.groups={'*norm': {lr_factor: 2}}"], r"optimizer\.groups must have regular expressions .* got '\*norm'"),
         (["adapter.rank=17"], r"got 17\. Lower it, or set adapter\.rank_pattern=\{k_proj: 16\}"),
         (["adapter.rank_pattern={k_proj:17}"], r"adapter\.rank_pattern must be at most 16, the smaller side of k_proj"),
+        (
+            ["adapter.targets=[q_proj,lm_head]", "adapter.modules_to_save=[lm_head]"],
+            r"adapter\.modules_to_save can't be, or contain, layers that adapter\.targets names: lm_head, got \['lm_head'\]",
+        ),
+        (["adapter.targets=[up_proj]", "adapter.modules_to_save=[mlp]"], r"adapter\.targets names: up_proj, got \['mlp'\]"),
+        (["adapter.modules_to_save=[layers]"], r"adapter\.modules_to_save can't be, or contain, layers"),
+        (
+            ["adapter.modules_to_save=[q_proj]", "adapter.rank_pattern={q_proj: 2}"],
+            r"adapter\.rank_pattern must name, each of them, layers that get an adapter, .* got \['q_proj'\]",
+        ),
         (["adapter.modules_to_save=[score]"], r"adapter\.modules_to_save must name modules of the model, got \['score'\]"),
     ],
 )
