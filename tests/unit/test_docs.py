@@ -16,7 +16,13 @@ from raytune_llm.config.options import groups as all_groups
 from raytune_llm.config.options import options
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cluster" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 READS_FILES = ("tune resume ", "--config-dir conf ", "--config-dir outputs/")
