@@ -1,7 +1,7 @@
-"""Each optimizer trains SmolLM2 for 200 steps to losses that are known, which a wrong update would miss.
+"""Each optimizer trains SmolLM2 for 200 steps to a known loss, within a band that a wrong update would miss.
 
-All of its weights would take minutes for each optimizer. Here they train the attention of the last two layers, with rows that
-come again (benchmarks/losses.py).
+Training all weights would take minutes for each optimizer. The runs are those of `scripts/bench losses --short`: they train the
+attention of the last two layers, on 24 rows that repeat.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.losses import OPTIMIZERS, curve_of, short_run, tenths
 from raytune_llm.config.overrides import CONF
 
 FIRST, UNTRAINED = 3.4168, 3.2372
-"""Nats, in the first step, and as a mean of the first 20 steps of an optimizer that does nothing."""
+"""Losses in nats of the untrained model: in the first step, and the mean over the first 20 steps."""
 FOUND = {
     "adamw": (2.7596, 0.6035), "adamw_8bit": (2.7597, 0.6003), "adamw_bf16": (2.7596, 0.6035), "adam_mini": (2.4637, 0.5134),
     "adafactor": (2.7224, 0.5872), "apollo": (2.2636, 0.5889), "apollo_mini": (2.8507, 1.3344), "badam": (2.6177, 0.8072),
@@ -24,8 +24,9 @@ FOUND = {
 }  # fmt: skip
 """The mean losses in nats of the first 20 steps and of the last 20."""
 BANDS = (0.03, 0.2)
-"""How far from them, over them: other processors round otherwise, and 200 steps make more of that. A step whose moments' bias is
-not corrected shows in the first 20 (Adam-mini's are then at 1.83)."""
+"""The largest relative differences from the two means. Processors round differently, and the difference grows over 200 steps, so
+the band of the last steps is wide. The narrow one of the first steps finds small mistakes: without the correction of its moments'
+bias, Adam-mini has a mean of 1.83 there."""
 
 
 def test_every_optimizer_has_its_bands() -> None:
