@@ -59,9 +59,9 @@ def with_positions(config: PretrainedConfig, wanted: int, kind: str) -> Pretrain
 
 
 def _stretched(rope: dict[str, Any], kind: str) -> float:
-    """The factor of a linear scaling that the model has already, which its config's positions include; 1 for any other. Raises
-    ConfigError if another kind is to follow it: its config doesn't say how many positions there were before."""
-    if rope.get("rope_type") != "linear":
+    """The factor of a linear scaling that the model has already, if its config only tells the positions with it; else 1. Raises
+    ConfigError if another kind is to follow such a scaling: the positions without it are not known."""
+    if rope.get("rope_type") != "linear" or rope.get("original_max_position_embeddings"):
         return 1.0
     if kind != "linear":
         rule = f"must be linear for a model whose positions are scaled so already, by {rope['factor']:g}"

@@ -79,6 +79,15 @@ def test_a_linear_scaling_is_multiplied_and_gives_way_to_no_other():
         with_positions(scaled, 100, "yarn")
 
 
+def test_a_linear_scaling_that_tells_its_original_positions_is_scaled_from_these():
+    rope = {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 16}
+    longer = with_positions(config(rope_parameters=rope), 100, "linear")
+    assert longer.rope_parameters == rope | {"factor": 7.0}
+    assert longer.max_position_embeddings == 112
+    other = with_positions(config(rope_parameters=rope), 100, "yarn")
+    assert other.rope_parameters == rope | {"rope_type": "yarn", "factor": 7.0}
+
+
 def test_the_text_model_of_several_media_is_what_is_scaled():
     text = {"max_position_embeddings": 64}
     longer = with_positions(AutoConfig.for_model("qwen2_vl", text_config=text), 100, "yarn")
