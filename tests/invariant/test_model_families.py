@@ -377,11 +377,15 @@ def test_a_router_that_is_a_linear_layer_gets_no_adapter_alone_or_among_several(
     assert not any(name.endswith(f".{router}") for name in bank_of(model, Slots((lora_section(),)), torch.float32)._layers)
 
 
-def test_dense_layers_of_a_family_of_mixtures_have_an_adapter_or_none_but_no_experts_one() -> None:
-    """PEFT takes their names for those of experts, which a small one of beam has none of."""
+def test_a_dense_model_of_a_family_of_mixtures_gets_no_adapters_of_experts() -> None:
+    """PEFT takes some names of its layers for those of experts, of which the small model of beam has none."""
     model = AutoModelForCausalLM.from_config(small("beam"))
     config: Any
     config, found = new_config(model, lora_section(), METHODS["lora"])
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    taken = sorted({name.rpartition(".")[2] for name in linear - found.keys()})
+    with pytest.raises(ConfigError, match=r"takes them for parts of its experts, got .*\. Leave them out\.$"):
+        new_config(model, lora_section(targets=taken), METHODS["lora"])
     (adapters := PeftAdapters(model)).add_own(lora_section())
     assert {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapters.trained(OWN)} == {*found}
     saved: Any = adapters._file(OWN, None)[0]

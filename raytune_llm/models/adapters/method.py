@@ -211,7 +211,9 @@ def _without_experts_names(model: PreTrainedModel, layers: Layers, section: Laye
     if taken and section.targets != ALL_LINEAR:
         named = ", ".join(sorted({last[name] for name in taken}))
         rule = f"can't name {named} of {model.config.model_type}: PEFT takes them for parts of its experts"
-        fix = "Leave them out; adapter.experts=true puts an adapter on each expert."
+        fix = "Leave them out."
+        if _expert_weights(model):
+            fix = "Leave them out; adapter.experts=true puts an adapter on each expert."
         raise ConfigError("adapter.targets", rule, got=section.targets, fix=fix)
     return {name: layer for name, layer in layers.items() if name not in taken}
 
