@@ -53,8 +53,8 @@ SHARDED = [
     )
 ]
 NEAR = {"galore": 1e-3, "adamw_bf16": 1e-2}
-"""How far losses may be apart, and nothing but losses: singular vectors show the last digit of a sum over workers, and each shard
-rounds by a chance of its own."""
+"""The largest relative difference between losses, for optimizers of which nothing else is compared: GaLore's singular vectors
+amplify the rounding of sums over workers, and adamw_bf16 rounds each shard with random numbers of its own."""
 ZERO = ["zero1", "zero2", "zero3"]
 Runs = Callable[[str], TrainRun]
 

@@ -69,10 +69,11 @@ same interface as transformers' models: a config class, a backbone that takes `i
 backbone takes only token ids) is refused.
 
 `model.positions=16384 model.rope_scaling=yarn` (or `linear`, `dynamic`, `llama3`) scales the positions of a model that has fewer,
-by the smallest integer factor that suffices. A model that is scaled in the same way already keeps the scaling's other parameters,
-and one with a linear scaling takes no other. `model.config.rope_scaling` sets the parameters of a scaling instead. A row has the
-same positions in a pack as by itself. LongRoPE has two sets of frequencies and chooses one by the longest row of a batch, so
-`data.max_length` must not exceed the positions of the first set.
+by the smallest integer factor that suffices. If the model already has a scaling of the same kind, its other parameters are kept.
+One with a linear scaling can only get another linear one, unless its config has its original positions.
+`model.config.rope_scaling` sets the parameters of a scaling instead. A row has the same positions in a pack as by itself.
+LongRoPE has two sets of frequencies and chooses one by the longest row of a batch, so `data.max_length` must not exceed the
+positions of the first set.
 
 `model.shift_attn_tokens=4096` trains long rows with S2 attention (LongLoRA, Chen et al. 2023): tokens attend within groups of
 this many tokens, and for half of the heads, groups are shifted by half a group. Groups start at each row's first token, in packs

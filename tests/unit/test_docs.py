@@ -1,4 +1,4 @@
-"""What README.md and docs/ say of commands, files and headings is true."""
+"""The commands, settings, files and headings that README.md, CHANGELOG.md and docs/ name exist."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PAGES = [
 
 
 READS_FILES = ("tune resume ", "--config-dir conf ", "--config-dir outputs/")
-"""Commands begin like this that read what an earlier one wrote."""
+"""Beginnings of commands that read what an earlier command wrote."""
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Their words after `python -m raytune_llm`, in code blocks and in sentences."""
+    """What follows `python -m raytune_llm` on the page, in code blocks and in sentences."""
     text = page.read_text().replace("\\\n", " ")
     for line in re.findall(r"-m raytune_llm ([^`\n]+)", text):
         if line not in VERBS and not line.startswith(READS_FILES) and "--help" not in line:
@@ -46,7 +46,7 @@ def test_a_command_of_the_docs_has_settings_that_exist(command, tmp_path, monkey
 
 
 def keys_of_sections() -> dict[str, set[str]]:
-    """Section -> its settings, under all options."""
+    """Section -> the settings that it has with any of its options."""
     keys: dict[str, set[str]] = {}
     for file in (ROOT / "conf").rglob("*.yaml"):
         group, values = file.parent.name, yaml.safe_load(file.read_text()) or {}
@@ -79,7 +79,7 @@ def test_a_link_of_the_docs_leads_to_a_file_and_a_heading(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub makes of the page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
