@@ -64,7 +64,7 @@ def _stretched(rope: dict[str, Any], kind: str) -> float:
     if rope.get("rope_type") != "linear" or rope.get("original_max_position_embeddings"):
         return 1.0
     if kind != "linear":
-        rule = f"must be linear for a model whose positions are scaled so already, by {rope['factor']:g}"
+        rule = f"must be linear for a model whose positions are scaled linearly already, by {rope['factor']:g}"
         fix = "Set linear, or all parameters of another scaling by model.config.rope_scaling."
         raise ConfigError("model.rope_scaling", rule, got=kind, fix=fix)
     return float(rope["factor"])
