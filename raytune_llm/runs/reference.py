@@ -67,7 +67,7 @@ def find_reference(
     unless another model is named. first_pieces: see Builder.
     """
     other = _other_model(run, config, first_pieces, device)
-    as_found = strategy.module.reference if other is None else nullcontext
+    as_found = strategy.reference if other is None else nullcontext
     if run.stage.reference == "online":
         if other is None:
             strategy.module.keep_as_found()

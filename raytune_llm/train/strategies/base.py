@@ -85,7 +85,7 @@ class Strategy(Protocol):
         ...
 
     def before_change(self, call: Callable[[], None]) -> None:
-        """Have it called each time before tensors of an earlier `state` change, as they are in a step."""
+        """Have it called each time before tensors of an earlier `state` change, as they do in a step."""
         ...
 
     def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
@@ -96,6 +96,10 @@ class Strategy(Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """A context for evaluation, in which parameters have the values to save; some optimizers take gradients at others. All
         workers enter it together."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """A context in which the policy is the same as at the start of the run (Policy.reference)."""
         ...
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:

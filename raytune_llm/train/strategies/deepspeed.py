@@ -115,6 +115,9 @@ class DeepSpeedStrategy:
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()  # an optimizer that averages is refused here
 
+    def reference(self) -> AbstractContextManager[None]:
+        return self.module.reference()
+
     def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

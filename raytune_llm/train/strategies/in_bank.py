@@ -70,6 +70,9 @@ class InBank:
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()  # a run whose optimizer averages weights never shares a pass
 
+    def reference(self) -> AbstractContextManager[None]:
+        return self.module.reference()
+
     def load(self, kept: Mapping[str, Tensor], read: Any) -> None:
         def fill(state: dict[str, Tensor]) -> None:
             whole = {name: value.contiguous() for name, value in state.items()}

@@ -59,9 +59,16 @@ class OwnOptimizer:
         load_optimizer_state(trained(self.module), self.optimizer, kept, read)
 
     def averaged(self) -> AbstractContextManager[None]:
+        self._will_change()
+        return self.optimizer.averaged() if isinstance(self.optimizer, ByTensor) else nullcontext()
+
+    def reference(self) -> AbstractContextManager[None]:
+        self._will_change()
+        return self.module.reference()
+
+    def _will_change(self) -> None:
         for call in self._before_change:
             call()
-        return self.optimizer.averaged() if isinstance(self.optimizer, ByTensor) else nullcontext()
 
     def full_parameters(self, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         with self.averaged():
