@@ -120,6 +120,7 @@ class HashedStream(io.IOBase):
             self._stream.flush()
 
     def fileno(self) -> int:
+        self.flush()  # torch flushes the file with this number to the disk, without what is in the buffer
         return self._stream.fileno()
 
 

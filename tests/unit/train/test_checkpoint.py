@@ -55,8 +55,15 @@ def test_whatever_byte_of_the_progress_changes_the_checkpoint_is_passed_over(che
 def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):
     """With keep=1 a power cut would else leave none: what is removed may reach the disk before what was written."""
     done: list[str] = []
+    sizes: dict[str, int] = {}
     fsync, rmtree = os.fsync, shutil.rmtree
-    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+
+    def flush(file: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{file}"))
+        sizes[done[-1]] = os.fstat(file).st_size
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **settings: done.append(f"removed {path}") or rmtree(path, **settings))
     checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=False)
     checkpoints.save(STATE, Progress(step=2), {})
@@ -65,7 +72,8 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, mo
     new = path_of(tmp_path, 4)
     names = [name.replace(f".{PROGRESS}.{os.getpid()}.partial", PROGRESS) for name in done]
     before = names[: names.index(f"removed {path_of(tmp_path, 2)}")]
-    files = [str(path).replace(".metadata", ".metadata.tmp") for path in (new / "state").iterdir()]
+    files = {str(path).replace(".metadata", ".metadata.tmp"): path.stat().st_size for path in (new / "state").iterdir()}
+    assert {name: sizes[name] for name in files} == files, "all of each file, and nothing of it is still in Python's buffer"
     assert {*files, f"{new / PROGRESS}", f"{new / 'state'}", f"{new}", f"{tmp_path}"} <= {*before}
 
 
