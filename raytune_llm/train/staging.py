@@ -15,8 +15,8 @@ class Staging:
     """Copies a state to host memory, so that training can change the original while the copy is written.
 
     The memory is reused for the next copy. For tensors of a GPU it is pinned, which makes the copy several times faster. They are
-    copied in a stream of their own, beside the forward and backward pass of the next step. Whatever changes them calls `hold`
-    first.
+    copied in a stream of their own, beside the forward and backward pass of the next step. Whatever changes them, or needs the
+    memory of temporary ones, calls `hold` first.
     """
 
     def __init__(self) -> None:
@@ -25,6 +25,7 @@ class Staging:
         self._copied: torch.cuda.Event | None = None
         self._sources: Sequence[Tensor] = ()
         """Some are temporary, and must live until they are copied."""
+        self._made_in: torch.cuda.Stream | None = None
         self._enough = threading.Event()
 
     def reserve(self, like: Mapping[str, Tensor]) -> None:
@@ -46,8 +47,8 @@ class Staging:
         kept = {name: self._memory(name, value, pinned=value.is_cuda) for name, value in sources.items()}
         self._kept = kept
         if any(value.is_cuda for value in sources.values()):
-            self._stream = self._stream or torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream, self._made_in = self._stream or torch.cuda.Stream(), torch.cuda.current_stream()
+            self._stream.wait_stream(self._made_in)
             with torch.cuda.stream(self._stream):
                 _copy(sources, kept)
             self._copied, self._sources = torch.cuda.Event(), list(sources.values())
@@ -59,7 +60,10 @@ class Staging:
     def hold(self) -> None:
         """Let the current stream wait until the last copy is made."""
         if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._copied)
+            if stream == self._made_in:
+                self._sources = ()  # what uses their memory next comes later in this stream
 
     def wait(self) -> None:
         """Wait until the last copy is made. May be called in another thread."""

@@ -43,3 +43,14 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(tmp_pa
             assert all(bool((value == step).all()) for value in read.values())
     finally:
         checkpoints.close()
+
+
+def test_a_temporary_state_is_freed_for_what_waits_for_its_copies(tmp_path):
+    before = torch.cuda.memory_allocated()
+    checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=True)
+    try:
+        checkpoints.save({"weight": torch.zeros(2**26, device="cuda")}, Progress(step=1), {})
+        checkpoints.hold()
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        checkpoints.close()

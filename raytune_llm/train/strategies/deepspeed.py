@@ -78,8 +78,11 @@ class DeepSpeedStrategy:
         self.zero: Any = ds_optimizer
         self.model = self.engine
         self.world = dist.get_world_size()
+        self._before_pass: list[Callable[[], None]] = []
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        for call in self._before_pass:
+            call()
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
@@ -110,7 +113,7 @@ class DeepSpeedStrategy:
         return state
 
     def before_change(self, call: Callable[[], None]) -> None:
-        pass  # a state is a copy
+        self._before_pass.append(call)  # a state is a copy of all of the optimizer's, and the pass needs that memory
 
     def averaged(self) -> AbstractContextManager[None]:
         return nullcontext()  # an optimizer that averages is refused here
