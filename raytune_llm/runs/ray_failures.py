@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from raytune_llm.errors import ResourceError, RunLost, UserError, first_line
+from raytune_llm.errors import ResourceError, RunLost, UserError, first_line, last_line
 
 SOURCE = re.compile(r"^\[\S+:\d+\] ")
 """The C++ file and line at the start of gloo's messages."""
-NODE = re.compile(r"^\s*ip: (\S+)", re.MULTILINE)
-"""The address of a dead actor's node, in Ray's message."""
+NODE = re.compile(r"^\s*ip: (\S+)|^.*\(pid=\d+, ip=([^,)]+)", re.MULTILINE)
+"""The address of a dead actor's node, or of a task's that failed, in Ray's message."""
 
 
 def how_it_ended(error: Exception) -> str:
@@ -43,13 +43,15 @@ def preempted(error: BaseException) -> bool:
 
 def why_not_started(error: BaseException) -> str:
     """Why the workers of a group did not start, as a clause."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayTaskError
 
     reason = error.__cause__ or error  # Ray Train's errors say what it did; the reason is the one that they were raised from
-    if isinstance(reason, RayActorError):
-        node = NODE.search(str(reason))
-        return f"one{f' on {node[1]}' if node else ''} {how_it_ended(reason)}"
-    return first_line(reason)
+    if not isinstance(reason, RayActorError | RayTaskError):
+        return first_line(reason)
+    raised = isinstance(reason, RayTaskError) or reason.actor_init_failed
+    how = f"failed ({last_line(reason)[:200]})" if raised else how_it_ended(reason)
+    node = NODE.search(str(reason))
+    return f"one{f' on {node[1] or node[2]}' if node else ''} {how}"
 
 
 def cause(error: BaseException, last_loss: str) -> BaseException:

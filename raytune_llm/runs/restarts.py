@@ -77,7 +77,8 @@ class Restarts:
         if not (preempted(reason.__cause__ or reason) or self._node_is_lost()):
             self._not_started += 1
             failure = self._not_started
-        failed = WorkersNotStarted(why=why, details=str(reason), failure=failure, limit=START_FAILURES)
+        details = "\n".join(str(one) for one in (reason, reason.__cause__) if one is not None)
+        failed = WorkersNotStarted(why=why, details=details, failure=failure, limit=START_FAILURES)
         send(failed)
         return failed.again
 

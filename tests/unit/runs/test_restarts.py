@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -119,6 +119,17 @@ def test_a_worker_that_died_as_it_started_is_told_with_its_node():
     while run.again(failed):
         pass
     assert not_started_line(run.lost[-1], log) == f"{said}; not started again, failure 4 of 3 in a row (workers.log has more)"
+
+
+@pytest.mark.parametrize("as_it_is_made", [False, True])
+def test_what_a_worker_raised_as_it_started_is_told_with_its_node(as_it_is_made: bool):
+    stack = "Traceback (most recent call last):\n  x.py\ntorch.distributed.DistStoreError: Timed out. 1/2 clients joined."
+    raised = RayTaskError("Worker.execute", stack, TimeoutError(), proctitle="ray::Worker", pid=7, ip="10.0.0.2")
+    run, failed = Run(), WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize.")
+    failed.__cause__ = ActorDiedError(raised)
+    assert run.again(ControllerError(failed if as_it_is_made else raised.as_instanceof_cause()))
+    assert run.lost[-1].why == "one on 10.0.0.2 failed (torch.distributed.DistStoreError: Timed out. 1/2 clients joined.)"
+    assert "x.py" in run.lost[-1].details
 
 
 def test_a_node_that_goes_each_time_a_group_starts_does_not_end_an_elastic_run(monkeypatch):
