@@ -36,8 +36,8 @@ HASHED_AT_ONCE = 8
 """Files that one process hashes in parallel, so that the disk limits the speed and not one core."""
 CONTENT = "sha256"
 """In progress.json: the hash of all other entries, so that a changed byte shows."""
-FORMAT_VERSION = 3
-"""Increase it when the format of progress.json or of the state changes."""
+FORMAT_VERSION, UNHASHED = 3, 2
+"""Increase the first when the format of progress.json or of the state changes. The second lacks CONTENT, and is read as well."""
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -88,7 +88,7 @@ def newest_of(where: str, steps: Sequence[int], problem_of: Callable[[int], str 
             for known in problems:
                 log.warning("checkpoint %s: using step-%d", known, step)
             return step
-        problems.append(f"step-{step} is damaged ({problem})")
+        problems.append(f"step-{step} can't be used ({problem})")
     if problems:
         what, fix = "; ".join(problems), "Set resume=never to start anew, or choose another output_dir."
         raise DataError(where, f"holds no usable checkpoint: {what}", fix)
@@ -130,13 +130,14 @@ def read_document(place: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("step") != int(place.name.removeprefix("step-")):
         raise DataError(str(place / PROGRESS), "is not the progress of this step", "Delete this checkpoint.")
     content = values.pop(CONTENT, None)
-    if (version := values.get("format_version")) != FORMAT_VERSION:
+    if (version := values.get("format_version")) not in (FORMAT_VERSION, UNHASHED):
         raise DataError(
             str(place / PROGRESS),
-            f"was written by another version of this package (checkpoint format {version or 1}, not {FORMAT_VERSION})",
-            "Set resume=never, or finish the run with that version.",
+            f"was written by another version of this package, which can finish the run (checkpoint format {version or 1}, not "
+            f"{FORMAT_VERSION})",
+            "Set resume=never to start anew.",
         )
-    if content != _content_hash(values):
+    if content != (None if version == UNHASHED else _content_hash(values)) or not isinstance(values.get(FILES), dict):
         raise DataError(str(place / PROGRESS), f"{PROGRESS} has other bytes than were written", "Delete this checkpoint.")
     del values["format_version"]
     return values

@@ -219,7 +219,7 @@ def test_a_checkpoint_with_a_corrupt_state_is_named(chat_rows, cache, tmp_path):
     api.train(run)
     (tmp_path / "summary.json").unlink()
     (tmp_path / "checkpoints/step-2/state/.metadata").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no usable checkpoint: step-2 is damaged \(\.metadata has other bytes"):
+    with pytest.raises(DataError, match=r"no usable checkpoint: step-2 can't be used \(\.metadata has other bytes"):
         api.train(run)
 
 

@@ -18,7 +18,7 @@ from raytune_llm import storage
 from raytune_llm.errors import DataError, ResourceError, RunLost
 from raytune_llm.train import checkpoint, checkpoint_files
 from raytune_llm.train.checkpoint import Checkpoints, _raise_interrupt
-from raytune_llm.train.checkpoint_files import PROGRESS, complete_steps, newest_sound, path_of, read_progress, sweep
+from raytune_llm.train.checkpoint_files import METADATA, PROGRESS, complete_steps, newest_sound, path_of, read_progress, sweep
 from raytune_llm.train.checkpoint_writer import StateWriter
 from raytune_llm.train.progress import Progress
 from raytune_llm.train.staging import Staging
@@ -119,6 +119,21 @@ def test_what_was_not_finished_is_swept_away(checkpoints, tmp_path):
     assert not path_of(tmp_path, 4).exists() and newest_sound(tmp_path) == 2
 
 
+def test_a_checkpoint_of_the_format_before_is_read_though_its_progress_has_no_hash(checkpoints, tmp_path):
+    checkpoints.save(STATE, Progress(step=2, cursor=7), {"settings": "{}"})
+    path = path_of(tmp_path, 2) / PROGRESS
+    values = json.loads(path.read_text()) | {"format_version": checkpoint_files.UNHASHED}
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError, match="other bytes than were written"):  # a changed digit of the version
+        read_progress(tmp_path, 2)
+    del values[checkpoint_files.CONTENT]
+    path.write_text(json.dumps(values))
+    assert newest_sound(tmp_path) == 2 and read_progress(tmp_path, 2) == (Progress(step=2, cursor=7), {"settings": "{}"})
+    (path.parent / "state" / METADATA).write_bytes(b"")
+    with pytest.raises(DataError, match="other bytes than were written"):
+        newest_sound(tmp_path)
+
+
 @pytest.mark.parametrize("version", [None, 1, 99])
 def test_a_checkpoint_of_another_format_is_refused(checkpoints, tmp_path, version):
     checkpoints.save(STATE, Progress(step=2), {})
@@ -127,7 +142,7 @@ def test_a_checkpoint_of_another_format_is_refused(checkpoints, tmp_path, versio
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
     with pytest.raises(DataError, match="was written by another version of this package"):
         read_progress(tmp_path, 2)
-    with pytest.raises(DataError, match=r"another version.*Set resume=never"):
+    with pytest.raises(DataError, match=r"can't be used .*another version.*Set resume=never"):
         newest_sound(tmp_path)
 
 
