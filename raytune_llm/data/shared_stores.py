@@ -2,7 +2,8 @@
 
 Stores are mapped into memory, so they are built in and read from a folder of the cache. `<cache>/<key>/` in the object store
 has the shards, each in a folder named by its hash, and manifest.json, which is written last and by one machine only: a store is
-complete or absent there, too. Other folders beside them, such as a reference's table, are files and a manifest.json as well.
+complete or absent there, too. Other folders beside them, such as a reference's table, are a manifest.json and a folder of files,
+which is named by the manifest's hash.
 
 A place is a location that is the same for all machines: a folder on shared storage, or an address.
 """
@@ -173,15 +174,33 @@ def fetch_folder(place: str) -> Path:
         with locked(folder.parent, f"{folder.name}.copy"):
             if not (folder / MANIFEST).exists():
                 remote, beside = RemoteFolder(place), partial(folder)
-                remote.download(list(remote.files()), beside)
+                manifest = remote.read(MANIFEST)
+                if manifest is None:
+                    raise DataError(f"{place}/{MANIFEST}", "is missing", "Repeat the command.")
+                there = remote / _name_of(manifest)
+                names = list(there.files())
+                if not names:  # earlier versions wrote them beside the manifest
+                    there, names = remote, [name for name in remote.files() if "/" not in name]
+                there.download(names, beside)
+                (beside / MANIFEST).write_bytes(manifest)
                 shutil.rmtree(folder, ignore_errors=True)
                 beside.rename(folder)
     return folder
 
 
 def publish_folder(place: str) -> None:
-    """Upload this machine's copy of a folder, the manifest last."""
+    """Upload this machine's copy of a folder, the manifest last. If another machine was first, its manifest and files stay: of
+    tables that differ in their last bits, no reader gets a mixture."""
     if is_address(place):
         folder, remote = local_folder(place), RemoteFolder(place)
-        remote.upload(folder, [file.name for file in folder.iterdir() if file.name != MANIFEST])
-        remote.upload(folder, [MANIFEST])
+        manifest = (folder / MANIFEST).read_bytes()
+        name = _name_of(manifest)
+        (remote / name).upload(folder, [file.name for file in folder.iterdir() if file.name != MANIFEST])
+        if not remote.create(MANIFEST, manifest):
+            remote.remove(name)
+
+
+def _name_of(manifest: bytes) -> str:
+    """The name, in the object store, of the folder of a manifest's files. The manifest has their hashes, so that other files have
+    another name."""
+    return hashlib.sha256(manifest).hexdigest()[:HASH_CHARS]

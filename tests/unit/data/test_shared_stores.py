@@ -198,6 +198,30 @@ def test_a_folder_that_ends_with_its_manifest_is_copied_whole(s3, on_machine):
     assert np.load(copied / "values.npy").tolist() == [0, 1, 2] and (copied / MANIFEST).exists()
 
 
+def test_of_two_machines_that_publish_a_folder_at_the_same_time_the_first_one_s_is_read_whole(s3, on_machine):
+    place = f"{s3}/tables/reference-2"
+    for machine in ("one", "two"):
+        on_machine(machine)
+        folder = shared_stores.local_folder(place)
+        folder.mkdir(parents=True)
+        (folder / "values").write_text(machine)
+        (folder / MANIFEST).write_text(f"of {machine}")
+        shared_stores.publish_folder(place)
+    on_machine("other")
+    copied = shared_stores.fetch_folder(place)
+    assert {file.name: file.read_text() for file in copied.iterdir()} == {"values": "one", MANIFEST: "of one"}
+    assert len(RemoteFolder(place).files()) == 2, "what nobody will read is removed"
+
+
+def test_a_folder_of_which_the_files_lie_beside_the_manifest_is_read_as_well(s3, on_machine):
+    place = f"{s3}/tables/reference-3"
+    for name in ("values", MANIFEST):
+        RemoteFolder(place).write(name, name.encode())
+    on_machine("other")
+    copied = shared_stores.fetch_folder(place)
+    assert {file.name: file.read_text() for file in copied.iterdir()} == {"values": "values", MANIFEST: MANIFEST}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"format_version": 4}'])
 @pytest.mark.parametrize("where", ["store", "copy"])
 def test_a_damaged_manifest_is_refused_by_name(where, content, s3, jsonl, prepare_run, on_machine, tmp_path):
