@@ -110,14 +110,11 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
     source = source_of(run)
     check_apart(place, source)
     now = _made_from(run, source)
-    replaces = settings.overwrite
-    if made_from(place) == now:
-        if is_whole(place):
-            with suppress(ConfigError), _beside(place):  # clears what a killed export left; not of one that is running
-                pass
-            return _found(place, settings, source)
-        replaces = True
-    place_of(settings.output_dir, overwrite=replaces)
+    if made_from(place) == now and is_whole(place):
+        with suppress(ConfigError), _beside(place):  # clears what a killed export left; not of one that is running
+            pass
+        return _found(place, settings, source)
+    _check_place(place, settings, now)
     target = FORMATS[settings.format](source, run)
     target = replace(target, notes="\n\n".join(filter(None, (*source.other_bases, source.into_quantized, target.notes))))
     check_space(place.parent, target.num_bytes + target.passing_bytes)
@@ -126,7 +123,7 @@ def export(run: ExportRun, on_progress: OnProgress = lambda done, total: None) -
         _write(target, folder, on_progress)
         difference, unchecked = _compared(run, source, target, folder)
         _describe(settings, source, target, folder, difference, unchecked, now)
-        place_of(settings.output_dir, overwrite=replaces)  # again, since something may have been put there meanwhile
+        _check_place(place, settings, now)  # again, since something may have been put there, or put back, meanwhile
         _take_place(folder, place)
     commit = _pushed(place, settings, source, target.dtype)
     return Exported(place, _num_bytes(place), difference, unchecked, target.notes, commit)
@@ -138,6 +135,12 @@ def _place_of(run: ExportRun) -> Path:
     assert settings.output_dir is not None
     is_alike = made_from(Path(settings.output_dir)).get("settings") == _settings(run)
     return place_of(settings.output_dir, overwrite=settings.overwrite or is_alike)
+
+
+def _check_place(place: Path, settings: ExportConfig, now: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the place has another export that may not be overwritten."""
+    assert settings.output_dir is not None
+    place_of(settings.output_dir, overwrite=settings.overwrite or made_from(place) == now)
 
 
 def _found(place: Path, settings: ExportConfig, source: Source) -> Exported:

@@ -253,6 +253,17 @@ def test_a_repeated_export_of_which_a_file_was_lost_or_cut_is_written_again(base
     assert exported(base, tmp_path / "out", "export.check=false").found
 
 
+def test_an_export_that_was_killed_between_its_renames_is_repeated_by_the_same_command(base, tmp_path):
+    place = exported(base, tmp_path / "out", "export.check=false").place
+    (place / "model.safetensors").unlink()
+    work = tmp_path / ".out-export"
+    shutil.copytree(place, work / "new")
+    place.rename(work / "old")
+    assert not exported(base, place, "export.check=false").found
+    AutoModelForCausalLM.from_pretrained(place)
+    assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_repeated_export_that_is_kept_clears_what_a_killed_one_left(base, tmp_path):
     exported(base, tmp_path / "out", "export.check=false")
     (tmp_path / ".out-export" / "new").mkdir(parents=True)
