@@ -66,6 +66,7 @@ def test_a_run_is_followed_to_its_end_and_its_results_come_here(head, place, cap
     said = capsys.readouterr().out
     assert "step 15/15" in said and "trained" in said and "entrypoint" not in said
     job, there = job_in(said), place / "shared"
+    assert "Next: python -m raytune_llm" in said and f"The run is in {there}." in said
     here = place / "results" / job
     assert (here / "metrics.jsonl").read_bytes() == (there / "metrics.jsonl").read_bytes()
     assert json.loads((here / "summary.json").read_text())["steps"] == 15
