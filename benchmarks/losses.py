@@ -1,7 +1,7 @@
 """Loss of each adapter, quantized base and optimizer after some steps on the demo's data: the mean of the last tenth of them.
 
     scripts/bench losses [--short] [--steps 200] [--model smollm2_135m] [--only lora,muon] [--lr-factor 5] [--processes 1]
-        [--set data.max_length=128 ...]
+        [--kept FILE] [--set data.max_length=128 ...]
 
 Prints JSON, with the mean loss of each tenth. Adapters are trained with AdamW, optimizers train all weights; each with a rate of
 its own, since 1e-4 for AdamW is not 1e-4 for Lion or SGD. Quantized bases are LoRA's run over another base; `curve_off`
@@ -11,6 +11,7 @@ committed result of the same arguments.
 --short: of optimizers alone, in less than a minute each on a CPU: they train the attention of the last two layers, with a pack of
 64 tokens a step. tests/invariant/test_optimizers_learn.py holds these losses.
 --lr-factor: of all rates, where fewer weights are trained, as by --set adapter=freeze.
+--kept: each curve is written to this file when its run ends. After an interruption, the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +29,6 @@ from typing import Any
 
 from raytune_llm import api
 from raytune_llm.config.load import load_config
-from raytune_llm.errors import ConfigError
 
 ADAPTERS = {
     "none": ["optimizer.lr=5e-5"],
@@ -139,6 +139,11 @@ def figures(name: str, curve: Sequence[float], lora: Sequence[float] | None) -> 
     return found
 
 
+def kept_in(file: Path | None) -> dict[str, list[float]]:
+    """Curves of an earlier command, by model, steps and settings."""
+    return {} if file is None or not file.exists() else dict(json.loads(line) for line in file.read_text().splitlines())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
@@ -147,27 +152,35 @@ def main() -> None:
     parser.add_argument("--only", default="", help="options, separated by commas")
     parser.add_argument("--lr-factor", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=1, help="runs side by side")
+    parser.add_argument("--kept", type=Path, help="a file of curves: those of an earlier command count, new ones are added")
     parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, as on the command line")
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
     cases = {f"optimizer={name}": short_run(name) for name in OPTIMIZERS} if args.short else CASES
     chosen = {name: settings for name, settings in cases.items() if not only or name.partition("=")[2] in only}
-    curves: dict[str, list[float]] = {}
+    asked = {name: [*at_rate(settings, args.lr_factor), *args.set] for name, settings in chosen.items()}
+    keys = {name: json.dumps([args.model, args.steps, settings]) for name, settings in asked.items()}
+    kept = kept_in(args.kept)
+    curves = {name: kept[key] for name, key in keys.items() if key in kept}
     spawned = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.processes, mp_context=spawned) as pool:
-        runs = {}
-        for name, settings in chosen.items():
-            asked = [*at_rate(settings, args.lr_factor), *args.set]
-            runs[name] = pool.submit(curve_of, asked, model=args.model, steps=args.steps, folder=Path(folder) / name)
-        for name, run in runs.items():
+        runs: dict[Future[list[float]], str] = {}
+        for name in (name for name in asked if name not in curves):
+            own = {"model": args.model, "steps": args.steps, "folder": Path(folder) / name}
+            runs[pool.submit(curve_of, asked[name], **own)] = name
+        for run in as_completed(runs):
+            name = runs[run]
             try:
                 curves[name] = run.result()
-            except ConfigError as error:  # it needs a GPU, or a package that isn't installed here
-                print(name, error, file=sys.stderr, flush=True)
+            except Exception as error:  # such as of one that needs a GPU, or a package that isn't installed here
+                print(name, repr(error), file=sys.stderr, flush=True)
                 continue
             print(name, figures(name, curves[name], None), file=sys.stderr, flush=True)
+            if args.kept is not None:
+                with args.kept.open("a") as file:
+                    file.write(f"{json.dumps([keys[name], curves[name]])}\n")
     lora = curves.get("adapter=lora")
-    print(json.dumps({name: figures(name, curve, lora) for name, curve in curves.items()}, indent=2))
+    print(json.dumps({name: figures(name, curves[name], lora) for name in chosen if name in curves}, indent=2))
 
 
 if __name__ == "__main__":
