@@ -59,7 +59,7 @@ HASHED_AT_ONCE = 8
 """Files that are hashed in parallel, so that the disk limits the speed and not one core."""
 LOOK_EVERY_S = 0.1
 SAID_AFTER_S, SAID_AGAIN_S = 3.0, 60.0
-"""Of a lock that another process holds."""
+"""Of a lock that another process holds, and of shards that are compared."""
 log = logging.getLogger(__name__)
 
 
@@ -378,11 +378,16 @@ class Store(Rows):
 
 
 def compare_shards(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Read shards in full. hashes: by name. Raises DataError for a difference."""
+    """Read shards in full, which is said where it lasts. hashes: by name. Raises DataError for a difference."""
+    began, said_at = time.monotonic(), SAID_AFTER_S
     with ThreadPoolExecutor(HASHED_AT_ONCE, thread_name_prefix="hash") as pool:
-        for name, found in zip(hashes, pool.map(lambda name: sha256_of(folder / name), hashes), strict=True):
+        compared = pool.map(lambda name: sha256_of(folder / name), hashes)
+        for number, (name, found) in enumerate(zip(hashes, compared, strict=True), start=1):
             if found != hashes[name]:
                 raise corrupt(folder / name, "does not match its hash in the manifest")
+            if (took := time.monotonic() - began) > said_at:
+                log.warning("%d of %d shards in %s are compared with their hashes (%.0f s)", number, len(hashes), folder, took)
+                said_at = max(2 * said_at, SAID_AGAIN_S)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -62,6 +62,13 @@ def test_whatever_byte_of_a_shard_changes_it_is_not_taken_for_finished_and_the_s
             refuse(path)
 
 
+def test_a_comparison_with_hashes_that_lasts_is_said(make_store, monkeypatch, caplog):
+    store = make_store(ROWS)
+    monkeypatch.setattr(store_module, "SAID_AFTER_S", 0.0)
+    store.verify()
+    assert f"1 of 1 shards in {store.folder} are compared with their hashes" in caplog.text
+
+
 def no_finished_shard(path):
     assert finished_shard(path) is None
 
