@@ -74,7 +74,7 @@ def check_object(found: Object, crds: Path | None) -> list[str]:
     problems = check_definition(found, crds) if crds else []
     problems += check_rules(found) + _version(found)
     problems += [f"{where}: {problem}" for where, template in pod_templates(found) for problem in check_pod(template)]
-    return problems + check_entrypoint(found) + check_serve_config(found)
+    return problems + broken_of(check_entrypoint, found) + broken_of(check_serve_config, found)
 
 
 def _version(found: Object) -> list[str]:

@@ -36,7 +36,8 @@ def _wrong(entrypoint: str, cluster: Object) -> Iterator[str]:
         if not given.get(setting, "").startswith("/shared/"):
             yield f"{setting} must be in /shared: a retry runs on other nodes and resumes from there"
     if verb not in RUNS:
-        return  # not a verb of this version
+        yield f"there is no verb {verb}"
+        return
     try:
         words = [word.replace("${RAY_CLUSTER_NAME%-*}", "night") for word in words]
         run = load_sweep(words).run if verb == "tune" else load_config(verb, words)

@@ -8,7 +8,7 @@ are those of its webhooks for RayJob, RayCluster and RayService (commit ff69552 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
@@ -35,7 +35,7 @@ def check_rules(found: Object) -> list[str]:
     return [broken for rule in RULES for broken in broken_of(rule, found)]
 
 
-def broken_of(rule: Callable[[Object], Iterator[str]], found: Object) -> list[str]:
+def broken_of(rule: Callable[[Object], Iterable[str]], found: Object) -> list[str]:
     try:
         return list(rule(found))
     except QuantityError as error:

@@ -155,6 +155,7 @@ def test_every_workload_comes_in_every_size():
         ),
         ("train-one-gpu", "spec/rayClusterSpec/rayVersion", "2.59.0", "that of constraints.txt"),
         ("train-one-gpu", f"{GROUP}/{RAY}/resouces", {}, "resouces"),
+        ("train-one-gpu", "spec/entrypoint", "python -m raytune_llm trian", "there is no verb trian"),
         ("train-one-gpu", "spec/entrypoint", "python train.py", "must start with python -m raytune_llm"),
         ("sweep-multi-node", f"{GROUP}/replicas", 0, "counts the workers that are there"),
         ("serve-one-gpu", "spec/serveConfigV2", "applications: [{name: a}]", "import_path"),
@@ -169,6 +170,11 @@ def test_a_broken_manifest_is_refused(overlay, path, value, problem):
     if not any(problem in said for said in problems):  # its own kind of check, which takes longer
         problems = check_entrypoint(found) if value is GONE else check_object(found, None)
     assert any(problem in said for said in problems), problems
+
+
+def test_all_checks_name_a_quantity_that_is_none():
+    problems = check_object(_broken("train-one-gpu", f"{GROUP}/{RAY}/resources/limits/cpu", "8x"), None)
+    assert {*problems} == {"a quantity is a number with a suffix of m, k, M, G, T, Ki, Mi, Gi, Ti, got 8x"}
 
 
 @pytest.mark.parametrize(
