@@ -303,8 +303,10 @@ def writing(folder: Path, asked: Asked) -> dict[str, Any]:
     disk = disk_bytes_per_s(folder, PARTS * asked.workers, size)
     spawn(write_state, (asked.workers, str(folder), size // asked.workers), nprocs=asked.workers)
     seconds = json.loads((folder / "seconds.json").read_text())
+    size = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*"))  # of whole tensors, so a little less
     return {
         "disk_gb_per_s": round(disk / 1e9, 2),
+        "checkpoint_gb": round(size / 1e9, 2),
         "checkpoint_s": round(seconds, 1),
         "checkpoint_gb_per_s": round(size / seconds / 1e9, 2),
         "of_disk": round(size / seconds / disk, 3),
@@ -312,7 +314,7 @@ def writing(folder: Path, asked: Asked) -> dict[str, Any]:
 
 
 def write_state(rank: int, world: int, folder: str, size: int) -> None:
-    """One of several workers, each of which has so many bytes of the state."""
+    """One of several workers, each of which has at most so many bytes of the state."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     numbers = size // 4
