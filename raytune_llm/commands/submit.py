@@ -45,7 +45,7 @@ def follow_to_its_end(console: Console, jobs: Jobs, job: Job, results: Path) -> 
         say(console, f"Stop it with: python -m raytune_llm jobs stop {job.id} submit.address={jobs.address}")
         return interrupts.exit_code(interrupt)
     ended = jobs.get(job.id)
-    if log.done is not None and ended.output_dir is not None:
+    if (log.done is not None or log.files) and ended.output_dir is not None:
         say(console, f"Paths and commands above are the cluster's. The run is in {ended.output_dir}.")
     try:
         fetch(console, log, job.id, results)

@@ -89,7 +89,7 @@ def test_a_sweep_is_followed_to_its_end_and_its_tables_come_here(head, place, ca
     here, there = place / "results" / job_in(said), place / "sweep"
     for name in ("trials.csv", "results.json", "best.yaml"):
         assert (here / name).read_bytes() == (there / name).read_bytes()
-    assert f"fetched to {here}: trials.csv, results.json, best.yaml" in said
+    assert f"The run is in {there}." in said and f"fetched to {here}: trials.csv, results.json, best.yaml" in said
 
 
 def test_the_driver_s_own_exit_code_is_ours(head, place, capsys):
