@@ -277,10 +277,6 @@ def complete(
     for shard in shards:
         dropped.merge(shard.stats.dropped)
         shortened.merge(shard.stats.shortened)
-    listed = {shard.name for shard in shards}
-    for file in folder.iterdir():
-        if file.name not in listed:
-            file.unlink()  # the shards' records, and what a writer that was killed left
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -297,6 +293,10 @@ def complete(
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
     folder.rename(target)
+    listed = {MANIFEST, *(shard.name for shard in shards)}
+    for file in target.iterdir():  # not before: after a crash, shards without records would be made again
+        if file.name not in listed:
+            file.unlink()  # the shards' records, and what a writer that was killed left
 
 
 def join(cache: Path, members: Sequence[tuple[str, Store]]) -> Store:

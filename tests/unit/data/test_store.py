@@ -16,7 +16,7 @@ from raytune_llm.data.dropped import Dropped
 from raytune_llm.data.intact import check_intact
 from raytune_llm.data.kinds import KINDS
 from raytune_llm.data.kinds.conversations import ConversationRow
-from raytune_llm.data.store import Store, finished_shard, key_of, locked, under_construction, write_shard
+from raytune_llm.data.store import Store, complete, finished_shard, key_of, locked, under_construction, write_shard
 from raytune_llm.errors import ConfigError, DataError
 
 ROWS = [([1, 2, 3], [1, 3]), ([4], [0, 1]), ([5, 6, 7, 8], [0, 2, 3, 4]), ([9, 9], [])]
@@ -60,6 +60,21 @@ def test_whatever_byte_of_a_shard_changes_it_is_not_taken_for_finished_and_the_s
         for place in {*random.Random(1).sample(range(len(content)), 300), *range(len(content) - 300, len(content))}:
             path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
             refuse(path)
+
+
+def test_a_preparation_that_ends_at_its_very_end_loses_no_shard(tmp_path):
+    making = tmp_path / ".key.partial"
+    making.mkdir()
+    shard = write_shard(making / "shard-00000.arrow", [ConversationRow([1], [1])], Dropped(), kind=KINDS["conversations"])
+    (making / ".shard-00000.arrow.7").touch()
+
+    (tmp_path / "key" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        complete(making, [shard], {}, tmp_path / "key", kind="conversations")
+    assert finished_shard(making / shard.name) == shard
+    (tmp_path / "key" / "in the way").rmdir()
+    complete(making, [shard], {}, tmp_path / "key", kind="conversations")
+    assert {file.name for file in (tmp_path / "key").iterdir()} == {"manifest.json", shard.name}
 
 
 def test_a_comparison_with_hashes_that_lasts_is_said(make_store, monkeypatch, caplog):
