@@ -173,7 +173,7 @@ def main() -> None:
             try:
                 curves[name] = run.result()
             except Exception as error:  # such as of one that needs a GPU, or a package that isn't installed here
-                print(name, repr(error), file=sys.stderr, flush=True)
+                print(name, f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 continue
             print(name, figures(name, curves[name], None), file=sys.stderr, flush=True)
             if args.kept is not None:
