@@ -51,6 +51,6 @@ def test_a_temporary_state_is_freed_for_what_waits_for_its_copies(tmp_path):
     try:
         checkpoints.save({"weight": torch.zeros(2**26, device="cuda")}, Progress(step=1), {})
         checkpoints.hold()
-        assert torch.cuda.memory_allocated() == before
+        assert torch.cuda.memory_allocated() <= before
     finally:
         checkpoints.close()
