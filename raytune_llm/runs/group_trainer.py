@@ -138,8 +138,10 @@ class Groups:
         self._start.start()
 
     def _end_start(self) -> None:
-        self._late = StartedTooLate(self._place, self._starts_within_s)
-        remove_placement_group(self._place)
+        try:
+            self._late = StartedTooLate(self._place, self._starts_within_s)
+        finally:  # also where the cluster can't say which nodes these are
+            remove_placement_group(self._place)
 
     def ended(self) -> bool:
         return self._ended
