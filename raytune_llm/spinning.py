@@ -3,7 +3,7 @@
 With GCC's OpenMP, which torch uses on Linux, a thread that waits for others spins for milliseconds before it sleeps. If another
 process uses the cores too, they keep the thread that they wait for from running, in every operation.
 
-With 3,000 spins (0.1 ms), operations beside a busy process are several times faster (`scripts/bench decode`). On idle cores, the
+With 3,000 spins (0.1 ms), operations beside a busy process are faster (`scripts/bench decode`). On idle cores, the
 price is that threads fall asleep between some operations (`scripts/bench serve_waits`). docs/serving.md has the figures.
 """
 

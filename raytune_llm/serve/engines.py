@@ -35,8 +35,8 @@ from raytune_llm.serve.backend import ModelFacts
 
 SWITCH_S = 0.0005
 """How long a thread keeps the interpreter while another waits for it, at most; Python's default is 5 ms. An engine's thread waits
-for it after each of a step's operations, while the server sends the last step's tokens. `scripts/bench serve_waits` compares the
-two."""
+for it after each of a step's operations, while the server sends the last step's tokens, and a step of a GPU takes about as long
+as Python's default. On two cores, whose steps take longer, `scripts/bench serve_waits` finds no difference beyond its noise."""
 
 
 class EngineKind(NamedTuple):
