@@ -11,7 +11,7 @@ committed result of the same arguments.
 --short: of optimizers alone, in less than a minute each on a CPU: they train the attention of the last two layers, with a pack of
 64 tokens a step. tests/invariant/test_optimizers_learn.py holds these losses.
 --lr-factor: of all rates, where fewer weights are trained, as by --set adapter=freeze.
---kept: each curve is written to this file when its run ends. After an interruption, the same command goes on from there.
+--kept: each curve is written to this file when its run ends. After an interruption, the same command resumes from it.
 """
 
 from __future__ import annotations

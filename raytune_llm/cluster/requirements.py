@@ -33,7 +33,7 @@ def requirements(what: str) -> list[str]:
 def _check(line: str) -> None:
     """Raises ConfigError for a line that is no requirement, or that names a file of this machine."""
     setting = "submit.requirements"
-    if re.match(r"(-r|-c|-e|--requirement|--constraint|--editable)\b|\.{0,2}/|file:", line):
+    if re.match(r"-[rce]|--(requirement|constraint|editable)\b|\.{0,2}/|file:", line):
         rule = "must have no lines that name other files, which the nodes don't have"
         raise ConfigError(setting, rule, got=line, fix="Write the packages themselves.")
     if line.startswith("-"):

@@ -6,7 +6,7 @@ order of samples is a function of (seed, epoch, rows so far): neither the pace a
 interruption changes which samples a step sees. Samples that don't fill a step are carried over to the next window.
 
 Memory is needed for one window's row numbers; shards are memory-mapped, and unmapped once windows have passed them. Each process
-compares a shard with its hash when it first reads it, which takes a hundredth of a core beside training.
+compares a shard with its hash when it first reads it.
 """
 
 from __future__ import annotations

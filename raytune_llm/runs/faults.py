@@ -23,16 +23,14 @@ COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkersLost:
-    """Workers failed, which ends the whole group."""
+class GroupEnded:
+    """A group of workers ended before its run did."""
 
-    how: Mapping[int, str]
-    """Rank -> how the worker ended, as the predicate of a sentence."""
     details: str
     failure: int | None
-    """Number of this failure within the last hour, from 1. None: it does not count as one."""
+    """Number of this failure, from 1, among those that count together. None: it does not count as one."""
     limit: int
-    """Number of failures that are allowed within an hour."""
+    """Number of failures that are allowed among those."""
 
     @property
     def again(self) -> bool:
@@ -41,19 +39,18 @@ class WorkersLost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkersNotStarted:
-    """A group had its resources, and ended before all its workers trained."""
+class WorkersLost(GroupEnded):
+    """Workers failed, which ends the whole group. Failures within an hour count together."""
+
+    how: Mapping[int, str]
+    """Rank -> how the worker ended, as the predicate of a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersNotStarted(GroupEnded):
+    """A group had its resources, and ended before all its workers trained. Such groups in a row count together."""
 
     why: str
-    details: str
-    failure: int | None
-    """Number of such groups in a row, from 1. None: it does not count as one."""
-    limit: int
-
-    @property
-    def again(self) -> bool:
-        """Another group is started."""
-        return self.failure is None or self.failure <= self.limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,7 @@ def test_a_requirements_file_is_read_here(tmp_path):
     ("line", "said"),
     [
         (b"-r other.txt", "must have no lines that name other files"),
+        (b"-rother.txt", "must have no lines that name other files"),
         (b"-c ../constraints.txt", "must have no lines that name other files"),
         (b"./mine-1.0.whl", "must have no lines that name other files"),
         (b"-e .", "must have no lines that name other files"),
